@@ -1,0 +1,33 @@
+"""dipnet_hf: Distributional Input Projection Networks (arXiv 2506.04690) as a PEFT tuner.
+
+Importing it registers the tuner with PEFT, so that `PeftModel.from_pretrained` knows its adapters.
+"""
+
+__version__ = "0.1.0"
+
+from . import registry  # noqa: F401
+from .config import DipConfig
+from .model import DipModel, get_dip_model
+from .objective import DipLoss, dip_loss, kl_weights
+from .trainer import DipTrainer, DipTrainerMixin
+
+__all__ = [
+    "DipConfig",
+    "DipLoss",
+    "DipModel",
+    "DipSFTTrainer",
+    "DipTrainer",
+    "DipTrainerMixin",
+    "dip_loss",
+    "get_dip_model",
+    "kl_weights",
+]
+
+
+def __getattr__(name: str):
+    # TRL is optional and slow to import: only who asks for its trainer pays for it.
+    if name == "DipSFTTrainer":
+        from .sft_trainer import DipSFTTrainer
+
+        return DipSFTTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,182 @@
+"""DipConfig: the adapter's fields and their validation, no logic."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.config import PromptLearningConfig
+
+from .card import write_model_card
+from .objective import kl_weights
+
+TARGET_SITES = ("decoder_layer", "attention", "mlp", "linear", "embedding")
+
+
+@dataclass
+class DipConfig(PeftConfig):
+    """Configuration of a Distributional Input Projection Network (arXiv 2506.04690) around any PEFT method.
+
+    Args:
+        weights (`PeftConfig` or `str`): how the network's own weights learn: any injectable PEFT config (LoRA, DoRA, IA3,
+            OFT, ...), `"full"` (all of them) or `"frozen"` (only the variances learn).
+        target_sites (`str`, *optional*): whose inputs are projected: `"decoder_layer"` (the default), `"attention"`,
+            `"mlp"`, `"linear"` (every linear layer within the decoder layers), or `"embedding"` (its output: the
+            randomized smoothing of the paper's RS baseline).
+        target_modules (`list[str]` or `str`, *optional*): instead of `target_sites`, module names or a regex, as in PEFT.
+        layers_to_transform (`int` or `list[int]`, *optional*): only these layers, as in PEFT.
+        layers_pattern (`str` or `list[str]`, *optional*): the layers' name for `layers_to_transform` with
+            `target_modules`, as in PEFT.
+        granularity (`str`): one variance a `"channel"` (the paper's diagonal Sigma), or one a `"layer"`.
+        noise_scale (`str`): `"relative"` to the RMS of the site's input, measured by `calibrate`, or `"absolute"`, the
+            paper's form.
+        init_noise_std (`float`): the noise's initial standard deviation, in units of the scale.
+        logvar_learning_rate (`float`): the learning rate of the log-variances; they are never weight-decayed.
+        num_samples (`int`): S of eq. (2), noise samples a training step.
+        antithetic (`bool`): with an even `num_samples`, draw samples in pairs of +eps and -eps.
+        alpha (`float`, *optional*): weight of the summed variance in eq. (3). By default, and with `beta`, the KL
+            divergence of weight 1 to a prior of standard deviation `init_noise_std`: see `kl_weights`.
+        beta (`float`, *optional*): weight of the log-variance in eq. (3).
+        prior_reduction (`str`): eq. (3) as the `"mean"` over all sites and channels, or as their `"sum"`, the paper's own.
+        stability_loss_weight (`float`): weight of eq. (4); needs `num_samples >= 2`.
+        stability_target (`str`): f of eq. (4): the target's `"log_prob"`, or the `"logits"`.
+        dipnet_hf_version (`str`, *optional*): the version that wrote the file; filled in by itself.
+
+    Raises:
+        ValueError: a value out of range, or fields that contradict each other; the message names what is allowed.
+        TypeError: `weights` is neither a PEFT config nor one of the two words.
+    """
+
+    weights: PeftConfig | dict | str = field(default="frozen", metadata={"help": "PEFT config, 'full' or 'frozen'."})
+    target_sites: str | None = field(default=None, metadata={"help": f"One of {TARGET_SITES}."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Module names or a regex."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "The layers' name."})
+    granularity: str = field(default="channel", metadata={"help": "'channel' or 'layer'."})
+    noise_scale: str = field(default="relative", metadata={"help": "'relative' or 'absolute'."})
+    init_noise_std: float = field(default=0.05, metadata={"help": "Initial noise std in units of the scale."})
+    logvar_learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the log-variances."})
+    num_samples: int = field(default=1, metadata={"help": "Noise samples a training step."})
+    antithetic: bool = field(default=True, metadata={"help": "Samples in pairs of +eps and -eps."})
+    alpha: float | None = field(default=None, metadata={"help": "Weight of the variance in eq. (3)."})
+    beta: float | None = field(default=None, metadata={"help": "Weight of the log-variance in eq. (3)."})
+    prior_reduction: str = field(default="mean", metadata={"help": "'mean' or 'sum'."})
+    stability_loss_weight: float = field(default=0.0, metadata={"help": "Weight of eq. (4)."})
+    stability_target: str = field(default="log_prob", metadata={"help": "'log_prob' or 'logits'."})
+    dipnet_hf_version: str | None = field(default=None, metadata={"help": "The version that wrote the file."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "DIP"
+        if self.dipnet_hf_version is None:
+            from . import __version__
+
+            self.dipnet_hf_version = __version__
+        self._check_weights()
+        self._check_targets()
+        self._check_noise()
+        self._check_prior()
+        self._check_samples()
+
+    def _check_weights(self) -> None:
+        if isinstance(self.weights, dict):
+            self.weights = PeftConfig.from_peft_type(**self.weights)
+        if isinstance(self.weights, str):
+            _check_choice("weights", self.weights, ("full", "frozen"), also="a PEFT config such as LoraConfig(...)")
+        elif not isinstance(self.weights, PeftConfig):
+            raise TypeError(
+                f'weights must be a PEFT config, "full" or "frozen", got {type(self.weights).__name__}.'
+            )
+        elif isinstance(self.weights, (PromptLearningConfig, DipConfig)) or self.weights.is_adaption_prompt:
+            raise ValueError(
+                f"weights must be a PEFT method that is injected into layers (LoRA, IA3, OFT, ...), "
+                f"got {type(self.weights).__name__}."
+            )
+
+    def _check_targets(self) -> None:
+        if self.target_sites is None and self.target_modules is None:
+            self.target_sites = "decoder_layer"
+        if self.target_sites is not None and self.target_modules is not None:
+            raise ValueError(
+                f"Give target_sites or target_modules, not both; got {self.target_sites!r} and {self.target_modules!r}."
+            )
+        if self.target_sites is not None:
+            _check_choice("target_sites", self.target_sites, TARGET_SITES, also="target_modules with module names")
+        if self.target_sites == "embedding" and self.layers_to_transform is not None:
+            raise ValueError('layers_to_transform has no meaning with target_sites="embedding": leave it out.')
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform needs target_modules as a list; put the layers into the regex instead.")
+        if self.layers_pattern is not None and (self.target_modules is None or self.layers_to_transform is None):
+            raise ValueError("layers_pattern needs target_modules and layers_to_transform.")
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+
+    def _check_noise(self) -> None:
+        _check_choice("granularity", self.granularity, ("channel", "layer"))
+        _check_choice("noise_scale", self.noise_scale, ("relative", "absolute"))
+        _check_not_negative("init_noise_std", self.init_noise_std)
+        _check_not_negative("logvar_learning_rate", self.logvar_learning_rate)
+
+    def _check_prior(self) -> None:
+        _check_choice("prior_reduction", self.prior_reduction, ("mean", "sum"))
+        if (self.alpha is None) != (self.beta is None):
+            raise ValueError(f"Give both alpha and beta or neither, got alpha={self.alpha} and beta={self.beta}.")
+        if self.alpha is None:
+            # Zero variance has no prior: its logarithm is infinite, and it never learns.
+            self.alpha, self.beta = kl_weights(self.init_noise_std, 1.0) if self.init_noise_std else (0.0, 0.0)
+        _check_not_negative("alpha", self.alpha)
+        _check_not_negative("beta", self.beta)
+        if self.alpha > 0 and self.beta == 0:
+            raise ValueError(
+                f"alpha={self.alpha} with beta=0 makes the variances collapse to zero. Give a positive beta; "
+                "kl_weights(prior_std, weight) returns a pair that settles at prior_std."
+            )
+        if self.beta > 0 and self.init_noise_std == 0:
+            raise ValueError("init_noise_std=0 makes the prior term infinite: give alpha=0 and beta=0, or a positive std.")
+
+    def _check_samples(self) -> None:
+        _check_choice("stability_target", self.stability_target, ("log_prob", "logits"))
+        _check_not_negative("stability_loss_weight", self.stability_loss_weight)
+        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
+            raise ValueError(f"num_samples must be an integer of at least 1, got {self.num_samples!r}.")
+        if self.stability_loss_weight > 0 and self.num_samples == 1:
+            raise ValueError(
+                f"stability_loss_weight={self.stability_loss_weight} needs num_samples >= 2: one sample has no variance."
+            )
+        if self.antithetic and self.num_samples > 1 and self.num_samples % 2:
+            raise ValueError(
+                f"antithetic samples come in pairs: num_samples must be even, got {self.num_samples}. "
+                "Change it, or set antithetic=False."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them; the config of the weights is nested."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.weights, PeftConfig):
+            fields["weights"] = {
+                name: sorted(value) if isinstance(value, set) else value
+                for name, value in self.weights.to_dict().items()
+                if name != "runtime_config"
+            }
+        return fields
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write `adapter_config.json` and bring the folder's model card up to date."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_model_card(save_directory)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...], also: str | None = None) -> None:
+    if value in allowed:
+        return
+    nearest = difflib.get_close_matches(str(value), allowed, n=1)
+    raise ValueError(
+        f"{name} must be one of {list(allowed)}{f' or {also}' if also else ''}, got {value!r}."
+        + (f" Did you mean {nearest[0]!r}?" if nearest else "")
+    )
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")

@@ -1,0 +1,397 @@
+"""DipModel, the PEFT tuner, and get_dip_model: inject, sample, calibrate, save, load, merge."""
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from . import objective
+from .config import DipConfig
+from .noise import fold_in, new_key
+from .projection import DipProjection, Draw, NoiseSwitch, Site
+from .sites import find_sites
+
+
+def get_dip_model(
+    model: nn.Module, config: DipConfig, calibration: Iterable | None = None, adapter_name: str = "default"
+) -> PeftModel:
+    """Make the inputs of a model's layers learnable Gaussians, and its own weights trainable as `config.weights` says.
+
+    Args:
+        model (`nn.Module`): the base model, changed in place as by `peft.get_peft_model`.
+        config (`DipConfig`): what is projected and how it learns. It is copied.
+        calibration (`Iterable`, *optional*): batches for `calibrate`. Without them call it later; `DipTrainer` does.
+        adapter_name (`str`): as in PEFT.
+
+    Returns:
+        `peft.PeftModel`, whose tuner is a `DipModel`.
+
+    Raises:
+        TypeError: `model` or `config` is of another kind.
+        ValueError: `config` does not fit the model; nothing has been changed then.
+    """
+    if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
+        raise TypeError(
+            "get_dip_model needs the base model, got one that holds a PEFT adapter. Give the adapter's config as "
+            "DipConfig(weights=...), or call merge_and_unload() first."
+        )
+    if not isinstance(config, DipConfig):
+        raise TypeError(f"config must be a DipConfig, got {type(config).__name__}. Put it in DipConfig(weights=...).")
+    config = copy.deepcopy(config)
+    if config.task_type is None and getattr(model, "can_generate", bool)():
+        config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    if calibration is not None:
+        peft_model.calibrate(calibration)
+    return peft_model
+
+
+class DipModel(BaseTuner):
+    """The tuner behind `get_dip_model`. A `PeftModel` forwards its methods.
+
+    It owns the adapter of the network's own weights too: PEFT holds one tuner a model, so the weights' config is nested
+    in `DipConfig`, injected here and saved in the same file.
+    """
+
+    prefix = "dip_"
+    # Activating, disabling and deleting an adapter acts on the projections and on the weights' own layers.
+    tuner_layer_cls = BaseTunerLayer
+
+    # ---- injection ----
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.switch = NoiseSwitch()
+        self._antithetic = False
+        self._stream: torch.Tensor | None = None
+        self._forward_hook = model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        self._sites = {site.name: site for site in find_sites(model, config)}
+        attached = {name.removesuffix(".dip_projection"): module for name, module in self._named_projections()}
+        hosts = {name: model.get_submodule(name) for name in attached}
+        if isinstance(config.weights, PeftConfig):
+            with self._without_peft_config():
+                inject_adapter_in_model(
+                    config.weights, model, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False)
+                )
+        for name, projection in attached.items():
+            if model.get_submodule(name) is not hosts[name]:  # the weights' adapter has wrapped the layer
+                projection.detach_from(hosts[name])
+                projection.attach(model.get_submodule(name))
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.weights == "full" and not config.inference_mode:
+            model.requires_grad_(True)
+
+    def _check_new_adapter_config(self, config: DipConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if any(type(m).forward.__module__.startswith("unsloth") for m in self.model.modules()):
+            raise ValueError("Unsloth rewrites the layers' forward, so noise would never run. Load the model without it.")
+        if config.weights == "full":
+            if len(self.peft_config) > 1:
+                raise ValueError('weights="full" changes the base weights, so it cannot be one adapter of several.')
+            if any(not p.is_floating_point() for p in self.model.parameters()):
+                raise ValueError('weights="full" cannot train a quantized model. Use weights=LoraConfig(...).')
+        elif any(other.weights == "full" for other in self.peft_config.values()):
+            raise ValueError('The model holds an adapter with weights="full", which has changed the base weights.')
+
+    def _prepare_adapter_config(self, peft_config: DipConfig, model_config: dict) -> DipConfig:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: DipConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._sites
+
+    def _check_target_module_compatiblity(self, peft_config: DipConfig, model: nn.Module, target_name: str) -> None:
+        pass  # PEFT's check is about replacing weights, which a projection does not
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # PEFT warns about merging into tied weights, and a projection merges into none
+
+    def _create_and_replace(
+        self, peft_config: DipConfig, adapter_name: str, target: nn.Module, *args, current_key: str, **kwargs
+    ) -> None:
+        projection = getattr(target, "dip_projection", None)
+        if projection is None:
+            projection = DipProjection(self._sites[current_key], self.switch)
+            projection.train(target.training)
+            projection.attach(target)
+        parameter = next(target.parameters(), None)
+        projection.add_adapter(adapter_name, peft_config, None if parameter is None else parameter.device)
+
+    @contextlib.contextmanager
+    def _without_peft_config(self) -> Iterator[None]:
+        """Keep the weights' own tuner from taking the model's `peft_config` for its own and writing into it."""
+        kept = self.model.__dict__.pop("peft_config", None)
+        try:
+            yield
+        finally:
+            self.model.__dict__.pop("peft_config", None)
+            if kept is not None:
+                self.model.peft_config = kept
+
+    # ---- adapters ----
+
+    def _named_projections(self) -> list[tuple[str, DipProjection]]:
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, DipProjection)]
+
+    def _active_projections(self) -> list[DipProjection]:
+        return [projection for _, projection in self._named_projections() if projection.adapter is not None]
+
+    @property
+    def active_dip_config(self) -> DipConfig:
+        """The config of the active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter. One at a time: two noises on one input would be neither's."""
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(f"One DIP adapter can be active at a time, got {list(adapter_name)}.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, noise and weights; another one becomes active if there is any."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist, the model holds {list(self.peft_config)}.")
+        _check_adapters_not_merged(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        remaining = list(self.peft_config)
+        if adapter_name in self.active_adapters and remaining:
+            self.set_adapter(remaining[0], inference_mode=self.peft_config[remaining[0]].inference_mode)
+        for module in list(self.model.modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.delete_adapter(adapter_name)
+        _delete_auxiliary_adapter(self.model, adapter_name, new_active_adapters=remaining[:1])
+        self.active_adapter = remaining[:1]
+
+    # ---- noise ----
+
+    def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Give every site its key. Runs once a forward pass, outside all that is recomputed."""
+        if self.switch.measuring:
+            mask = kwargs.get("attention_mask")
+            self.switch.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        projections = self._active_projections()
+        if not any(projection.sampling for projection in projections):
+            return
+        if self._stream is None:
+            forward_key = new_key()
+        else:
+            forward_key = self._stream = fold_in(self._stream, 0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            forward_key = fold_in(forward_key, torch.distributed.get_rank())  # ranks are often seeded alike
+        keys = fold_in(forward_key, torch.arange(len(projections)))
+        for projection, key in zip(projections, keys.unbind()):
+            projection.begin_forward(Draw(key, self._antithetic))
+
+    @contextlib.contextmanager
+    def _switched(self, on: bool | None) -> Iterator[None]:
+        previous, self.switch.on = self.switch.on, on
+        try:
+            yield
+        finally:
+            self.switch.on = previous
+
+    @contextlib.contextmanager
+    def sampling(self, seed: int | None = None) -> Iterator[None]:
+        """Noise on, in `train()` and in `eval()`.
+
+        Args:
+            seed (`int`, *optional*): the draws of the n-th forward in this context are a function of the seed, n and the
+                process's rank. Without it every forward draws a fresh key from PyTorch's global generator.
+        """
+        previous, self._stream = self._stream, None if seed is None else torch.tensor(seed, dtype=torch.int64)
+        try:
+            with self._switched(on=True):
+                yield
+        finally:
+            self._stream = previous
+
+    def deterministic(self) -> contextlib.AbstractContextManager[None]:
+        """Noise off, in `train()` and in `eval()` (Algorithm 3)."""
+        return self._switched(on=False)
+
+    @contextlib.contextmanager
+    def antithetic_pairs(self, enabled: bool = True) -> Iterator[None]:
+        """The second half of a batch's rows gets the negative noise of the first half. `dip_loss` sets it."""
+        previous, self._antithetic = self._antithetic, enabled
+        try:
+            yield
+        finally:
+            self._antithetic = previous
+
+    def calibrate(self, batches: Iterable) -> None:
+        """Measure the RMS of every site's input, noise and dropout off, padding left out, and set it as the noise's scale.
+
+        It is averaged over the processes, so each may bring its own batches, but each must call it.
+
+        Args:
+            batches (`Iterable`): model inputs: mappings (a `labels` entry is ignored) or single tensors. All are used.
+
+        Raises:
+            ValueError: there is no batch, or a site's RMS is zero or not finite.
+        """
+        if self.active_dip_config.noise_scale == "absolute":
+            raise ValueError('noise_scale="absolute" has nothing to calibrate: its scale is 1.')
+        device = next(self.model.parameters()).device
+        was_training = self.model.training
+        self.model.eval()
+        self.switch.measuring = True
+        try:
+            with torch.no_grad(), self.deterministic():
+                for batch in batches:
+                    batch = send_to_device(batch, device)
+                    if isinstance(batch, torch.Tensor):
+                        self.model(batch)
+                    else:
+                        self.model(**{name: value for name, value in batch.items() if name != "labels"})
+        finally:
+            self.switch.measuring = False
+            self.model.train(was_training)
+        self._set_scales(device)
+
+    def _set_scales(self, device: torch.device) -> None:
+        projections = self._active_projections()
+        measured = torch.stack([projection.pop_measured() for projection in projections])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            measured = measured.to(device)
+            torch.distributed.all_reduce(measured)
+        rms = (measured[:, 0] / measured[:, 1]).sqrt().cpu()
+        for projection, scale in zip(projections, rms):
+            if not torch.isfinite(scale) or scale == 0:
+                raise ValueError(
+                    f"Calibration measured an RMS of {float(scale)} at site '{projection.site.name}'. Give at least one "
+                    "batch, check it for NaN and infinity, and check the model's output on it."
+                )
+        for projection, scale in zip(projections, rms):
+            projection.set_scale(scale)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether noise cannot be drawn yet because a relative scale was not measured."""
+        return not all(projection.calibrated for projection in self._active_projections())
+
+    def noise_summary(self) -> list[dict[str, Any]]:
+        """List one row a site: `name`, `scale`, and the `mean`, `min` and `max` over channels of the noise's std.
+
+        The std is relative, in units of `scale` (which is 1 for absolute noise); it is an RMS of the site's input.
+        """
+        rows = []
+        for projection in self._active_projections():
+            std = torch.exp(projection.dip_logvar[projection.adapter].detach() / 2)
+            scale = float(projection.dip_scale[projection.adapter])
+            row = {"name": projection.site.name, "scale": scale}
+            rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
+        return rows
+
+    def logvars(self) -> list[nn.Parameter]:
+        """The active adapter's log-variances, one a site."""
+        return [projection.dip_logvar[projection.adapter] for projection in self._active_projections()]
+
+    def prior_loss(self) -> torch.Tensor:
+        """Eq. (3) of the active adapter, a scalar."""
+        config = self.active_dip_config
+        return objective.prior_loss(self.logvars(), config.alpha, config.beta, config.prior_reduction)
+
+    # ---- save, load, merge ----
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        if config.weights == "frozen":
+            return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.weights == "full":
+            # Tied weights appear under one name, as in `named_parameters`.
+            names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+            return {name: tensor for name, tensor in state_dict.items() if name in names}
+        weights_tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.weights.peft_type]
+        selected = weights_tuner._get_adapter_state_dict(
+            model=model,
+            config=config.weights,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        return selected | {name: tensor for name, tensor in state_dict.items() if "dip_projection" in name}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        tuner = super() if isinstance(config.weights, str) else PEFT_TYPE_TO_TUNER_MAPPING[config.weights.peft_type]
+        weights = config if isinstance(config.weights, str) else config.weights
+        remapped = tuner._remap_adapter_state_dict_for_load(
+            model=model, config=weights, adapter_name=adapter_name, state_dict=state_dict
+        )
+        _check_fits(model, config, adapter_name, remapped)
+        return remapped
+
+    def disable_adapter_layers(self) -> None:
+        """Disable noise and adapter weights; weights trained with `weights="full"` stay, and a warning says so."""
+        super().disable_adapter_layers()
+        if self.active_dip_config.weights == "full":
+            warnings.warn('Disabling an adapter with weights="full" removes its noise only: the base weights have changed.')
+
+    def export_weights_adapter(self, save_directory: str | os.PathLike) -> None:
+        """Write the active adapter's weights as a folder of stock PEFT that loads without this package.
+
+        Args:
+            save_directory (`str`): gets `adapter_config.json` and `adapter_model.safetensors`.
+
+        Raises:
+            ValueError: `weights` is `"full"` or `"frozen"`, so there is no such adapter.
+        """
+        adapter_name = self.active_adapters[0]
+        config = self.peft_config[adapter_name]
+        if isinstance(config.weights, str):
+            raise ValueError(
+                f"weights={config.weights!r} has no PEFT adapter to export. merge_and_unload().save_pretrained(...) "
+                "writes the whole network."
+            )
+        weights = copy.deepcopy(config.weights)
+        weights.base_model_name_or_path = config.base_model_name_or_path
+        weights.task_type = config.task_type
+        weights.inference_mode = True
+        with self._without_peft_config():
+            self.model.peft_config = {adapter_name: weights}
+            state_dict = get_peft_model_state_dict(self.model, adapter_name=adapter_name)
+        os.makedirs(save_directory, exist_ok=True)
+        tensors = {
+            f"base_model.model.{name}": tensor.detach().clone().contiguous()
+            for name, tensor in state_dict.items()
+            if "dip_projection" not in name
+        }
+        save_file(tensors, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        weights.save_pretrained(str(save_directory))
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        self._forward_hook.remove()
+        for name, projection in self._named_projections():
+            projection.detach_from(self.model.get_submodule(name.removesuffix(".dip_projection")))
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+def _check_fits(model: nn.Module, config: DipConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Refuse an adapter of a model of another shape before a weight is written."""
+    own = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if "dip_projection" in name and name.endswith(f".{adapter_name}")
+    }
+    saved = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if "dip_projection" in name}
+    if own == saved:
+        return
+    other = next(name for name in [*saved, *own] if own.get(name) != saved.get(name))
+    raise ValueError(
+        f"The adapter was trained on a model of another shape: '{other}' has shape {saved.get(other)} in the file and "
+        f"{own.get(other)} in this model (None: no such site). Load it on {config.base_model_name_or_path!r}."
+    )

@@ -1,0 +1,147 @@
+"""The training objective, eqs. (2) to (4): pure tensor functions, and `dip_loss` for any training loop.
+
+Shape legend: S samples, B batch, L sequence, V vocabulary, N supervised tokens. A batch of S samples is laid out sample
+by sample: rows 0..B-1 are sample 0, rows B..2B-1 sample 1, and so on.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+
+IGNORE_INDEX = -100
+
+
+class DipLoss(NamedTuple):
+    """Scalar tensors, each already weighted. `loss` is the sum of the others, plus the load-balancing loss of a mixture
+    of experts where the model returns one."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    prior: torch.Tensor
+    stability: torch.Tensor
+
+
+def kl_weights(prior_std: float, weight: float) -> tuple[float, float]:
+    """Give the `(alpha, beta)` for which eq. (3) is `weight * KL(N(0, lambda) || N(0, prior_std^2))` up to a constant.
+
+    `alpha = weight / (2 prior_std^2)` and `beta = weight / 2`; without data the variances settle at `prior_std^2`.
+
+    Raises:
+        ValueError: `prior_std` is not positive, or `weight` is negative.
+    """
+    if not prior_std > 0:
+        raise ValueError(f"prior_std must be positive, got {prior_std}.")
+    if not weight >= 0:
+        raise ValueError(f"weight must not be negative, got {weight}.")
+    return weight / (2 * prior_std**2), weight / 2
+
+
+def prior_loss(logvars: list[torch.Tensor], alpha: float, beta: float, reduction: str = "mean") -> torch.Tensor:
+    """Eq. (3): `alpha * lambda - beta * ln(lambda)`, averaged or summed over all sites and channels.
+
+    Args:
+        logvars (`list[torch.Tensor]`): `ln(lambda)`, one vector a site.
+        reduction (`str`): `"mean"`, or `"sum"`, the paper's own.
+    """
+    logvar = torch.cat(logvars)
+    # A zero weight drops its term instead of multiplying it: at zero variance 0 * inf would be NaN.
+    terms = torch.zeros_like(logvar)
+    if alpha:
+        terms = terms + alpha * logvar.exp()
+    if beta:
+        terms = terms - beta * logvar
+    return terms.mean() if reduction == "mean" else terms.sum()
+
+
+def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    """Repeat every row of `batch` once a sample, sample by sample; `cu_seq_lens_*` of padding-free data are continued.
+
+    Args:
+        batch (`dict`): model inputs with `labels`, whose first dimension is the batch.
+        num_samples (`int`): S.
+    """
+    if num_samples == 1:
+        return batch
+    rows = batch["labels"].shape[0]
+    expanded = dict(batch)
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        if name.startswith("cu_seq_lens"):
+            starts, total = value[:-1], value[-1:]
+            expanded[name] = torch.cat([starts + s * total for s in range(num_samples)] + [num_samples * total])
+        elif value.shape[0] == rows:
+            expanded[name] = value.repeat(num_samples, *[1] * (value.dim() - 1))
+    return expanded
+
+
+def align(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair each logit vector with its target: shifted by one for a sequence of tokens, as they are for classes."""
+    return (logits[:, :-1], labels[:, 1:]) if logits.dim() == 3 else (logits, labels)
+
+
+def supervised_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select the supervised positions: logits of shape `(rows * N, V)` and their targets of shape `(rows * N,)`."""
+    logits, labels = align(logits, labels)
+    mask = labels != IGNORE_INDEX
+    return logits[mask], labels[mask]
+
+
+def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Eq. (4) before its weight: the unbiased variance over the S samples, summed over the supervised tokens.
+
+    Args:
+        outputs_SN (`torch.Tensor` of shape `(S * N,)` or `(S * N, V)`): target log-probabilities or logits at the
+            supervised tokens, sample by sample; the variance of logits is summed over V.
+        num_samples (`int`): S, at least 2.
+    """
+    return outputs_SN.float().unflatten(0, (num_samples, -1)).var(dim=0, unbiased=True).sum()
+
+
+def dip_loss(
+    model: torch.nn.Module, batch: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+) -> DipLoss:
+    """Compute the objective of a model's active DIP adapter on one batch, in one forward of S times its rows.
+
+    Args:
+        model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP or `torch.compile`.
+        batch (`dict`): model inputs with `labels` of shape `(B, L)`, -100 where unsupervised, or `(B,)` for classes.
+        num_items_in_batch (`int` or scalar tensor, *optional*): supervised tokens in the whole optimizer step. Give it
+            when accumulating gradients: the data and stability terms are divided by it, and the prior is weighted by
+            this batch's share of it, so that the micro-batches add up to the one large batch.
+
+    Returns:
+        `DipLoss`: `(loss, nll, prior, stability)`, scalars.
+
+    Raises:
+        ValueError: the batch has no `labels`.
+    """
+    if "labels" not in batch:
+        raise ValueError(f"dip_loss needs `labels` in the batch, got {sorted(batch)}.")
+    tuner = extract_model_from_parallel(model, keep_torch_compile=False)
+    config = tuner.active_dip_config
+    samples = config.num_samples
+    inputs = expand_batch(batch, samples)
+    labels = inputs["labels"]
+    with tuner.antithetic_pairs(config.antithetic and samples > 1):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    logits, targets = supervised_logits(outputs.logits, labels)
+    log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
+
+    num_tokens = targets.numel() // samples
+    num_items = num_tokens if num_items_in_batch is None else num_items_in_batch
+    num_items = torch.as_tensor(num_items, device=logits.device).clamp(min=1)
+    share = 1.0 if num_items_in_batch is None else num_tokens / num_items
+
+    nll = -log_probs.sum() / (samples * num_items)
+    prior = share * tuner.prior_loss()
+    stability = nll.new_zeros(())
+    if config.stability_loss_weight:
+        measured = log_probs if config.stability_target == "log_prob" else logits
+        stability = config.stability_loss_weight * stability_penalty(measured, samples) / num_items
+    loss = nll + prior + stability
+    if getattr(outputs, "aux_loss", None) is not None:
+        loss = loss + share * tuner.config.router_aux_loss_coef * outputs.aux_loss
+    return DipLoss(loss, nll, prior, stability)

@@ -1,0 +1,220 @@
+"""The module at one site: it owns logvar and scale, one of each an adapter, and hooks on to the layer it projects.
+
+A pre-hook that replaces the layer's input leaves module names, weight keys and wrapping policies as they are, which
+wrapping the layer would not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import DipConfig
+from .noise import fold_in, project
+
+# Bounds the memory for inputs whose layer may be recomputed: far more than the forwards that await a backward pass.
+_MAX_REMEMBERED_DRAWS = 1024
+
+
+class Site(NamedTuple):
+    """A place where noise enters: the input (or, for an embedding, the output) of the module called `name`."""
+
+    name: str
+    num_channels: int
+    channel_dim: int = -1
+    at_output: bool = False
+
+
+class Draw(NamedTuple):
+    """What decides one draw of noise: see `noise.draw_noise`."""
+
+    key: torch.Tensor
+    antithetic: bool
+
+
+@dataclass
+class NoiseSwitch:
+    """One for all sites of a model: whether noise is on (None: as `train()` and `eval()` say), and being measured."""
+
+    on: bool | None = None
+    measuring: bool = False
+    token_mask: torch.Tensor | None = None
+
+
+class DipProjection(nn.Module, BaseTunerLayer):
+    """Projects one site's input to a learnable Gaussian, eq. (1).
+
+    Every adapter has a `dip_logvar` (float32, whatever the model's dtype: small steps of it vanish in bfloat16) and a
+    `dip_scale` (NaN until measured by calibration).
+    """
+
+    adapter_layer_names = ("dip_logvar",)
+    other_param_names = ("dip_scale",)
+
+    def __init__(self, site: Site, switch: NoiseSwitch) -> None:
+        super().__init__()
+        self.site = site
+        self.switch = switch
+        self.dip_logvar = nn.ParameterDict()
+        self.dip_scale = BufferDict({}, persistent=True)
+        self._calibrated: dict[str, bool] = {}
+        self._draw: Draw | None = None
+        self._num_draws = 0
+        self._draw_of_input: dict[int, Draw] = {}
+        self._sum_of_squares = 0.0
+        self._num_measured = 0
+        self.register_load_state_dict_post_hook(_note_calibration)
+
+    def add_adapter(self, adapter_name: str, config: DipConfig, device: torch.device | None) -> None:
+        """Create the adapter's parameters, at `init_noise_std` everywhere."""
+        size = self.site.num_channels if config.granularity == "channel" else 1
+        logvar = 2 * torch.log(torch.full((size,), config.init_noise_std, dtype=torch.float32, device=device))
+        scale = torch.tensor(1.0 if config.noise_scale == "absolute" else torch.nan, dtype=torch.float32, device=device)
+        self.dip_logvar[adapter_name] = nn.Parameter(logvar)
+        self.dip_scale[adapter_name] = scale
+        self.note_calibration()
+
+    def attach(self, module: nn.Module) -> None:
+        """Register on `module` as the sub-module `dip_projection` and project its input, or an embedding's output."""
+        module.add_module("dip_projection", self)
+        if self.site.at_output:
+            self._hook = module.register_forward_hook(self._project_output)
+        else:
+            self._hook = module.register_forward_pre_hook(self._project_input, with_kwargs=True)
+
+    def detach_from(self, module: nn.Module) -> None:
+        """Undo `attach`."""
+        self._hook.remove()
+        del module.dip_projection
+
+    def _project_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        # Decoder layers call their attention with keywords only.
+        name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+        return args, {**kwargs, name: self(kwargs[name])}
+
+    def _project_output(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return self(output)
+
+    @property
+    def adapter(self) -> str | None:
+        """The active adapter, if it projects this site."""
+        return next((name for name in self.active_adapters if name in self.dip_logvar), None)
+
+    @property
+    def sampling(self) -> bool:
+        """Whether noise is on."""
+        if self.disable_adapters or self.adapter is None:
+            return False
+        return self.training if self.switch.on is None else self.switch.on
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the active adapter's scale is known."""
+        return self._calibrated[self.adapter]
+
+    def begin_forward(self, draw: Draw) -> None:
+        """Take the draw of a forward pass that starts now."""
+        self._draw = draw
+        self._num_draws = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x`, or a draw of u ~ N(x, scale^2 exp(logvar)) while noise is on; shape and dtype are those of `x`.
+
+        Raises:
+            ValueError: noise is on but the scale was never measured.
+        """
+        if self.switch.measuring:
+            self._measure(x)
+        adapter = self.adapter
+        if adapter is None or not self.sampling:
+            return x
+        if not self.calibrated:
+            raise ValueError(
+                f"The noise of site '{self.site.name}' is relative to the RMS of its input, which was never measured. "
+                "Call model.calibrate(batches) with a few training batches first (DipTrainer does it by itself), or "
+                'set noise_scale="absolute".'
+            )
+        key, antithetic = self._draw_for(x)
+        logvar, scale = self.dip_logvar[adapter].to(x.device), self.dip_scale[adapter].to(x.device)
+        return project(x, logvar, scale, key, antithetic, self.site.channel_dim)
+
+    def _draw_for(self, x: torch.Tensor) -> Draw:
+        """The draw for this use of the site: a new one, or, where a checkpointed layer is recomputed, the same again.
+
+        A layer is recomputed during the backward pass, on the very tensor that it had in the forward pass. That is
+        what identifies it, since other forward passes may have begun in between.
+        """
+        if self._draw is None:
+            raise RuntimeError(f"Site '{self.site.name}' ran outside the model's own forward pass.")
+        if torch.compiler.is_compiling():
+            return self._next_draw()
+        if torch._C._current_graph_task_id() == -1:  # not within a backward pass
+            self._draw_of_input.pop(x.data_ptr(), None)
+            if len(self._draw_of_input) == _MAX_REMEMBERED_DRAWS:
+                del self._draw_of_input[next(iter(self._draw_of_input))]
+            return self._draw_of_input.setdefault(x.data_ptr(), self._next_draw())
+        try:
+            return self._draw_of_input[x.data_ptr()]
+        except KeyError:
+            raise RuntimeError(
+                f"Site '{self.site.name}' is recomputed on an input that it did not have in the forward pass, so its "
+                "noise cannot be repeated. Activation offloading under a checkpointed layer does this: switch one off."
+            ) from None
+
+    def _next_draw(self) -> Draw:
+        """A site that runs again in one forward pass (a shared layer, a direct call) gets a new draw every time."""
+        draw = self._draw
+        if self._num_draws:
+            draw = draw._replace(key=fold_in(draw.key, self._num_draws))
+        self._num_draws += 1
+        return draw
+
+    def _measure(self, x: torch.Tensor) -> None:
+        mask = self.switch.token_mask
+        if mask is not None and x.shape[: mask.dim()] == mask.shape:
+            x = x[mask.bool()]
+        self._sum_of_squares += x.detach().double().square().sum().cpu()
+        self._num_measured += x.numel()
+
+    def pop_measured(self) -> torch.Tensor:
+        """The sum of squares and the number of values measured since the last call, float64 of shape `(2,)`."""
+        measured = torch.tensor([float(self._sum_of_squares), float(self._num_measured)], dtype=torch.float64)
+        self._sum_of_squares, self._num_measured = 0.0, 0
+        return measured
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Set the active adapter's scale."""
+        self.dip_scale[self.adapter] = scale.to(self.dip_scale[self.adapter])
+        self.note_calibration()
+
+    def note_calibration(self) -> None:
+        """Remember which scales are known, so that a forward pass need not wait for the device to tell."""
+        self._calibrated = {
+            name: not scale.is_meta and bool(torch.isfinite(scale)) for name, scale in self.dip_scale.items()
+        }
+
+    def _apply(self, fn, recurse=True):
+        # A cast of the model (`.to(torch.bfloat16)`, `.half()`) moves logvar and scale but keeps them float32.
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        pass  # there is no base layer, and `forward` brings both tensors to its input
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to do: noise has no weight to merge, and merged weights answer without it only in `eval()`."""
+
+    def unmerge(self) -> None:
+        """Nothing to do, see `merge`."""
+
+
+def _note_calibration(module: DipProjection, incompatible_keys: Any) -> None:
+    module.note_calibration()

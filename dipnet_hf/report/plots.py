@@ -1,0 +1,76 @@
+"""Plots of result files: losses by step, learned noise by layer and channel.
+
+Matplotlib is imported by the functions that draw, so that tables and provenance work without it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from dipnet_hf.report.results import read_results
+
+
+def plot_losses(result_files: list[str], path: str) -> None:
+    """Draw the training NLL of each run by step, and its held-out NLL where it was measured.
+
+    A DIP run's `loss` holds the prior too; its data term, `nll`, is what a plain run's `loss` compares with.
+
+    Args:
+        result_files (`list[str]`): `results.json` files; the name of each one's folder is its label.
+        path (`str`): the picture; its ending chooses the format.
+
+    Raises:
+        ValueError: a file is missing, or none logged a loss.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, result_file in enumerate(result_files):
+        log_history, label = read_results(result_file)["log_history"], Path(result_file).parent.name
+        train, heldout = _curve(log_history, "nll"), _curve(log_history, "eval_nll")
+        if not len(train):
+            train = _curve(log_history, "loss")
+        if len(train):
+            axes.plot(*train.T, color=f"C{number}", label=f"{label}, training NLL")
+        if len(heldout):
+            axes.plot(*heldout.T, color=f"C{number}", linestyle="--", marker="o", label=f"{label}, held-out NLL")
+    if not axes.lines:
+        raise ValueError(f"None of {', '.join(map(str, result_files))} logged a loss; set training.logging_steps lower.")
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_noise(result_file: str, path: str, sort_channels: bool = False) -> None:
+    """Draw the learned standard deviation, relative to the RMS of the site's input, by site (y) and channel (x).
+
+    Args:
+        result_file (`str`): `results.json` of a DIP run.
+        path (`str`): the picture; its ending chooses the format.
+        sort_channels (`bool`): order each site's channels by their noise, which shows the distributions.
+
+    Raises:
+        ValueError: the file is missing or of a run without noise.
+    """
+    from matplotlib.figure import Figure
+
+    rows = read_results(result_file)["noise"]
+    if not rows:
+        raise ValueError(f"{result_file} is of a run without projections (dip: null); give that of a DIP run.")
+    widest = max(len(row["relative_std"]) for row in rows)
+    std_ND = np.full((len(rows), widest), np.nan)
+    for number, row in enumerate(rows):
+        std_D = np.sort(row["relative_std"]) if sort_channels else row["relative_std"]
+        std_ND[number, : len(std_D)] = std_D
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(std_ND, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set(xlabel="channel, by noise" if sort_channels else "channel", ylabel="site")
+    figure.colorbar(image, label="relative standard deviation")
+    figure.savefig(path, dpi=150)
+
+
+def _curve(log_history: list[dict], name: str) -> np.ndarray:
+    return np.array([(entry["step"], entry[name]) for entry in log_history if name in entry])

@@ -1,0 +1,67 @@
+"""Result files as text: one run's summary, and mean and spread over seeds."""
+
+from statistics import mean, stdev
+
+from dipnet_hf.report.results import numbers, read_results, settings
+
+
+def format_summary(results: dict) -> str:
+    """Lay out one run: its configuration's main lines, its metrics and its scores, one a line.
+
+    Args:
+        results (`dict`): the content of a `results.json`.
+    """
+    config = results["provenance"]["config"]
+    weights = config["weights"]["peft_type"] if isinstance(config["weights"], dict) else config["weights"]
+    head = [("model", config["model"]), ("dataset", config["dataset"]), ("weights", weights)]
+    head.append(("projections", "none" if results["noise"] is None else f"{len(results['noise'])} sites"))
+    values = [(name, _format_number(value)) for name, value in numbers(results).items()]
+    return format_table(("run", str(config["training"]["output_dir"])), head + values)
+
+
+def format_seeds(groups: dict[str, list[str]], metrics: tuple[str, ...] = ("eval_nll",)) -> str:
+    """Lay out mean and sample standard deviation over the seeds of each group, one group a line.
+
+    Args:
+        groups (`dict[str, list[str]]`): label to the `results.json` of its seeds.
+        metrics (`tuple[str, ...]`): dotted names, such as `gsm8k_local.exact_match`.
+
+    Raises:
+        ValueError: the runs of a group differ in more than their seed, or lack a metric.
+    """
+    rows = []
+    for label, result_files in groups.items():
+        runs = [read_results(result_file) for result_file in result_files]
+        _check_same_settings(label, runs)
+        rows.append((label, str(len(runs)), *(_mean_and_spread(label, runs, name) for name in metrics)))
+    return format_table(("run", "n", *metrics), rows)
+
+
+def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Align columns of text, the header above a rule."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join(line.rstrip() for line in (lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
+
+
+def _mean_and_spread(label: str, runs: list[dict], name: str) -> str:
+    found = [numbers(run) for run in runs]
+    if missing := [values for values in found if name not in values]:
+        raise ValueError(f"{label} has no metric {name}; it has {', '.join(sorted(missing[0]))}.")
+    values = [values[name] for values in found]
+    spread = f"{stdev(values):.4f}" if len(values) > 1 else "-"
+    return f"{mean(values):.4f} +- {spread}"
+
+
+def _check_same_settings(label: str, runs: list[dict]) -> None:
+    first, *others = [settings(run) for run in runs]
+    for other in others:
+        if differing := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
+            raise ValueError(
+                f"The runs of {label} differ in {', '.join(differing)}; a mean over seeds needs runs that differ in "
+                "training.seed alone. Make them groups of their own."
+            )
+
+
+def _format_number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"

@@ -1,0 +1,53 @@
+"""The objective inside TRL's SFTTrainer. A file of its own, because importing TRL is slow and optional."""
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+from trl import SFTTrainer
+
+from .projection import DipProjection
+from .trainer import DipTrainerMixin
+
+
+class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with the DIP objective, completion-only, packed and padding-free data included.
+
+    The data loss and `stability_target="log_prob"` come from TRL's fused head, which never builds the logits. With
+    `stability_target="logits"` they are needed, and TRL's own training metrics (entropy, accuracy) are left out.
+    """
+
+    def __init__(self, model, *args, **kwargs):
+        modules = model.named_modules() if isinstance(model, torch.nn.Module) else []
+        kept = {
+            f"{name}.dip_logvar.{adapter}": logvar.detach().clone()
+            for name, module in modules
+            if isinstance(module, DipProjection)
+            for adapter, logvar in module.dip_logvar.items()
+        }
+        super().__init__(model, *args, **kwargs)
+        # TRL casts the trainable parameters of a quantized model to bfloat16, where small steps of logvar vanish.
+        for name, parameter in self.model.named_parameters():
+            if "dip_logvar" in name and parameter.dtype != torch.float32:
+                parameter.data = kept.get(name, parameter.data).float()
+
+    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> tuple[torch.Tensor, Any]:
+        config = self._tuner().active_dip_config
+        if config.stability_loss_weight and config.stability_target == "logits":
+            return Trainer.compute_loss(
+                self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        outputs = []
+
+        def keep_outputs(*args, **kwargs):
+            outputs.append(model(*args, **kwargs))
+            return outputs[-1]
+
+        # Asked for its outputs, TRL would run a second forward, with another draw.
+        loss = SFTTrainer.compute_loss(self, keep_outputs, inputs, num_items_in_batch=num_items_in_batch)
+        return loss, outputs[0]
+
+    def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        if "log_probs" in outputs:
+            return outputs.log_probs[outputs.label_mask]
+        return super()._supervised_outputs(outputs, labels)

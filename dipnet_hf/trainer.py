@@ -1,0 +1,141 @@
+"""The objective inside transformers' Trainer and any subclass of it.
+
+The data term is whatever loss the trainer computes, on S rows a row; the mixin adds the prior and the stability term.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+
+from .model import DipModel
+from .objective import expand_batch, stability_penalty, supervised_logits
+
+_TERMS = ("nll", "prior", "stability")
+_NUM_CALIBRATION_BATCHES = 8
+
+
+class DipTrainerMixin:
+    """Trains a model from `get_dip_model` with eqs. (2) to (4); put it before a Trainer class: `class T(DipTrainerMixin, Base)`.
+
+    Evaluation is noise-off and reports the base trainer's own loss. The terms, and the noise's std, are logged beside the
+    training loss. The log-variances have their own optimizer group. A model that needs it is calibrated on the first
+    batches of the training data.
+
+    Raises:
+        TypeError: the model has no DIP adapter.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._tuner()
+        self._term_sums = torch.zeros(len(_TERMS))
+        self._terms_logged_at_step = self.state.global_step
+
+    def _tuner(self) -> DipModel:
+        tuner = getattr(self.model, "base_model", None)
+        if not isinstance(tuner, DipModel):
+            raise TypeError(f"{type(self).__name__} needs a model from get_dip_model, got {type(self.model).__name__}.")
+        return tuner
+
+    def train(self, *args, **kwargs):
+        """As the base trainer's; calibrates first if the noise is relative and its scale was not measured."""
+        if self._tuner().needs_calibration:
+            self._calibrate()
+        self._terms_logged_at_step = self.state.global_step
+        return super().train(*args, **kwargs)
+
+    def _calibrate(self) -> None:
+        with torch.random.fork_rng(devices=[]):  # the training run draws what it would have drawn without this
+            loader = self.get_train_dataloader()
+            self._tuner().calibrate(itertools.islice(loader, _NUM_CALIBRATION_BATCHES))
+        # A loader that was left before its end still counts as being read.
+        gradient_state = self.accelerator.gradient_state
+        if any(loader is active for active in gradient_state.dataloader_references):
+            gradient_state._remove_dataloader(loader)
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the base trainer's, with the log-variances moved to a group of their own, without weight decay."""
+        if self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        tuner = self._tuner()
+        logvars = [logvar for logvar in tuner.logvars() if logvar.requires_grad]
+        ids = {id(logvar) for logvar in logvars}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        optimizer.add_param_group(
+            {"params": logvars, "weight_decay": 0.0, "lr": tuner.active_dip_config.logvar_learning_rate}
+        )
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective in training, in one forward; the base trainer's loss in evaluation."""
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        tuner = self._tuner()
+        config = tuner.active_dip_config
+        samples = config.num_samples
+        inputs = expand_batch(inputs, samples)
+        labels = inputs["labels"]
+        num_rows_items = None if num_items_in_batch is None else num_items_in_batch * samples
+        with tuner.antithetic_pairs(config.antithetic and samples > 1):
+            nll, outputs = self._data_loss(model, inputs, num_rows_items)
+        prior = tuner.prior_loss()
+        if num_items_in_batch is not None:  # the losses of the accumulated batches are then added, not averaged
+            prior = prior / self.current_gradient_accumulation_steps
+        stability = nll.new_zeros(())
+        if config.stability_loss_weight:
+            stability = config.stability_loss_weight * self._stability(outputs, labels, num_items_in_batch)
+        self._record(nll, prior, stability, num_items_in_batch)
+        loss = nll + prior + stability
+        return (loss, outputs) if return_outputs else loss
+
+    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> tuple[torch.Tensor, Any]:
+        """Eq. (2) and the model's outputs, in one forward."""
+        return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+
+    def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        """f of eq. (4) at the supervised tokens: `(S * N,)` log-probabilities or `(S * N, V)` logits."""
+        logits, targets = supervised_logits(outputs.logits, labels)
+        if self._tuner().active_dip_config.stability_target == "logits":
+            return logits
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def _stability(self, outputs: Any, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        num_samples = self._tuner().active_dip_config.num_samples
+        outputs_SN = self._supervised_outputs(outputs, labels)
+        penalty = stability_penalty(outputs_SN, num_samples)
+        if num_items_in_batch is None:
+            return penalty / max(len(outputs_SN) // num_samples, 1)
+        penalty = penalty / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            # As in the base trainer: the items of all processes are counted, and gradients are averaged over them.
+            penalty = penalty * (self.accelerator.num_processes // self.get_tp_size())
+        return penalty
+
+    def _record(self, nll: torch.Tensor, prior: torch.Tensor, stability: torch.Tensor, num_items_in_batch) -> None:
+        terms = torch.stack([nll.detach().float(), prior.detach().to(nll.device), stability.detach()])
+        if num_items_in_batch is None:
+            terms = terms / self.current_gradient_accumulation_steps
+        self._term_sums = self._term_sums.to(terms.device) + terms
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add `nll`, `prior`, `stability` and `noise_std_{mean,min,max}` to the training logs."""
+        num_steps = self.state.global_step - self._terms_logged_at_step
+        if "loss" in logs and num_steps > 0:
+            means = self.accelerator.reduce(self._term_sums, reduction="mean") / num_steps
+            logs |= dict(zip(_TERMS, means.tolist()))
+            rows = self._tuner().noise_summary()
+            logs["noise_std_mean"] = sum(row["mean"] for row in rows) / len(rows)
+            logs["noise_std_min"] = min(row["min"] for row in rows)
+            logs["noise_std_max"] = max(row["max"] for row in rows)
+            self._term_sums = torch.zeros_like(self._term_sums)
+            self._terms_logged_at_step = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+
+class DipTrainer(DipTrainerMixin, Trainer):
+    """transformers' `Trainer` with the DIP objective."""
