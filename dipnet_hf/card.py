@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 _BEGIN, _END = "<!-- dipnet_hf begin -->", "<!-- dipnet_hf end -->"
 _TEMPLATE_MARK = "[More Information Needed]"
@@ -43,12 +43,12 @@ def write_model_card(
 def _section(folder, config: dict[str, Any], training_data: str | None, metrics: dict[str, float] | None) -> str:
     base = config["base_model_name_or_path"] or "the base model"
     weights = config["weights"] if isinstance(config["weights"], str) else config["weights"]["peft_type"]
-    sites = config["target_sites"] or config["target_modules"]
+    sites, layers = config["target_sites"] or config["target_modules"], config["layers_to_transform"]
     lines = [
         "# DIPNet adapter",
         "",
-        f"A Distributional Input Projection Network ([arXiv 2506.04690](https://arxiv.org/abs/2506.04690)) of `{base}`: "
-        "in training, the inputs of its layers are Gaussians whose variances were learned with the weights. "
+        f"A DIPNet ([arXiv 2506.04690](https://arxiv.org/abs/2506.04690)) of `{base}`. "
+        "In training, the inputs of its layers are Gaussians whose variances were learned with the weights. "
         "`model.eval()` answers without noise.",
         "",
         "```python",
@@ -60,7 +60,7 @@ def _section(folder, config: dict[str, Any], training_data: str | None, metrics:
         "",
         f"- Base model: `{base}`",
         f"- Weights: `{weights}`",
-        f"- Sites: `{sites}`, layers `{config['layers_to_transform'] or 'all'}`, one variance a {config['granularity']}",
+        f"- Sites: `{sites}`, layers `{'all' if layers is None else layers}`, one variance a {config['granularity']}",
         f"- Objective: {config['num_samples']} noise sample(s) a step, alpha {config['alpha']:.6g}, "
         f"beta {config['beta']:.6g} ({config['prior_reduction']}), "
         f"stability weight {config['stability_loss_weight']:.6g} on {config['stability_target']}",
@@ -82,12 +82,14 @@ def read_noise(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
         `dict`: by site name, `scale` (a float) and `std` (a list with one value a channel, in units of the scale).
     """
     noise: dict[str, dict[str, Any]] = {}
-    with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
-        for key in file.keys():
-            site, found, parameter = key.removeprefix("base_model.model.").rpartition(".dip_projection.")
-            if found and parameter == "dip_logvar":
-                noise.setdefault(site, {})["std"] = [math.exp(v / 2) for v in file.get_tensor(key).tolist()]
-            elif found and parameter == "dip_scale":
-                noise.setdefault(site, {})["scale"] = float(file.get_tensor(key))
-    natural = {site: [int(part) if part.isdigit() else 0 for part in site.split(".")] for site in noise}
-    return {site: noise[site] for site in sorted(noise, key=natural.get)}
+    for key, tensor in load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)).items():
+        site, found, parameter = key.removeprefix("base_model.model.").rpartition(".dip_projection.")
+        if found and parameter == "dip_logvar":
+            noise.setdefault(site, {})["std"] = [math.exp(v / 2) for v in tensor.tolist()]
+        elif found and parameter == "dip_scale":
+            noise.setdefault(site, {})["scale"] = float(tensor)
+    return {site: noise[site] for site in sorted(noise, key=_by_layer)}
+
+
+def _by_layer(site: str) -> list[int]:
+    return [int(part) for part in site.split(".") if part.isdigit()]

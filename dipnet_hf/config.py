@@ -5,7 +5,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.config import PromptLearningConfig
 
 from .card import write_model_card
@@ -19,12 +19,13 @@ class DipConfig(PeftConfig):
     """Configuration of a Distributional Input Projection Network (arXiv 2506.04690) around any PEFT method.
 
     Args:
-        weights (`PeftConfig` or `str`): how the network's own weights learn: any injectable PEFT config (LoRA, DoRA, IA3,
-            OFT, ...), `"full"` (all of them) or `"frozen"` (only the variances learn).
+        weights (`PeftConfig` or `str`): how the network's own weights learn: any injectable PEFT config (LoRA, DoRA,
+            IA3, OFT, ...), `"full"` (all of them) or `"frozen"` (only the variances learn).
         target_sites (`str`, *optional*): whose inputs are projected: `"decoder_layer"` (the default), `"attention"`,
             `"mlp"`, `"linear"` (every linear layer within the decoder layers), or `"embedding"` (its output: the
             randomized smoothing of the paper's RS baseline).
-        target_modules (`list[str]` or `str`, *optional*): instead of `target_sites`, module names or a regex, as in PEFT.
+        target_modules (`list[str]` or `str`, *optional*): instead of `target_sites`, module names or a regex, as in
+            PEFT.
         layers_to_transform (`int` or `list[int]`, *optional*): only these layers, as in PEFT.
         layers_pattern (`str` or `list[str]`, *optional*): the layers' name for `layers_to_transform` with
             `target_modules`, as in PEFT.
@@ -38,7 +39,7 @@ class DipConfig(PeftConfig):
         alpha (`float`, *optional*): weight of the summed variance in eq. (3). By default, and with `beta`, the KL
             divergence of weight 1 to a prior of standard deviation `init_noise_std`: see `kl_weights`.
         beta (`float`, *optional*): weight of the log-variance in eq. (3).
-        prior_reduction (`str`): eq. (3) as the `"mean"` over all sites and channels, or as their `"sum"`, the paper's own.
+        prior_reduction (`str`): eq. (3) as the `"mean"` over all sites and channels, or the `"sum"` of the paper.
         stability_loss_weight (`float`): weight of eq. (4); needs `num_samples >= 2`.
         stability_target (`str`): f of eq. (4): the target's `"log_prob"`, or the `"logits"`.
         dipnet_hf_version (`str`, *optional*): the version that wrote the file; filled in by itself.
@@ -81,13 +82,13 @@ class DipConfig(PeftConfig):
 
     def _check_weights(self) -> None:
         if isinstance(self.weights, dict):
+            peft_types = tuple(peft_type.value for peft_type in PeftType)
+            _check_choice("peft_type of the weights", self.weights.get("peft_type"), peft_types)
             self.weights = PeftConfig.from_peft_type(**self.weights)
         if isinstance(self.weights, str):
             _check_choice("weights", self.weights, ("full", "frozen"), also="a PEFT config such as LoraConfig(...)")
         elif not isinstance(self.weights, PeftConfig):
-            raise TypeError(
-                f'weights must be a PEFT config, "full" or "frozen", got {type(self.weights).__name__}.'
-            )
+            raise TypeError(f'weights must be a PEFT config, "full" or "frozen", got {type(self.weights).__name__}.')
         elif isinstance(self.weights, (PromptLearningConfig, DipConfig)) or self.weights.is_adaption_prompt:
             raise ValueError(
                 f"weights must be a PEFT method that is injected into layers (LoRA, IA3, OFT, ...), "
@@ -99,14 +100,14 @@ class DipConfig(PeftConfig):
             self.target_sites = "decoder_layer"
         if self.target_sites is not None and self.target_modules is not None:
             raise ValueError(
-                f"Give target_sites or target_modules, not both; got {self.target_sites!r} and {self.target_modules!r}."
+                f"Give target_sites or target_modules, got both: {self.target_sites!r} and {self.target_modules!r}."
             )
         if self.target_sites is not None:
             _check_choice("target_sites", self.target_sites, TARGET_SITES, also="target_modules with module names")
         if self.target_sites == "embedding" and self.layers_to_transform is not None:
             raise ValueError('layers_to_transform has no meaning with target_sites="embedding": leave it out.')
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform needs target_modules as a list; put the layers into the regex instead.")
+            raise ValueError("layers_to_transform needs target_modules as a list: put the layers into the regex.")
         if self.layers_pattern is not None and (self.target_modules is None or self.layers_to_transform is None):
             raise ValueError("layers_pattern needs target_modules and layers_to_transform.")
         if isinstance(self.target_modules, (set, tuple)):
@@ -122,7 +123,7 @@ class DipConfig(PeftConfig):
         _check_choice("prior_reduction", self.prior_reduction, ("mean", "sum"))
         if (self.alpha is None) != (self.beta is None):
             raise ValueError(f"Give both alpha and beta or neither, got alpha={self.alpha} and beta={self.beta}.")
-        if self.alpha is None:
+        if self.alpha is None or self.beta is None:
             # Zero variance has no prior: its logarithm is infinite, and it never learns.
             self.alpha, self.beta = kl_weights(self.init_noise_std, 1.0) if self.init_noise_std else (0.0, 0.0)
         _check_not_negative("alpha", self.alpha)
@@ -133,7 +134,7 @@ class DipConfig(PeftConfig):
                 "kl_weights(prior_std, weight) returns a pair that settles at prior_std."
             )
         if self.beta > 0 and self.init_noise_std == 0:
-            raise ValueError("init_noise_std=0 makes the prior term infinite: give alpha=0 and beta=0, or a positive std.")
+            raise ValueError("init_noise_std=0 makes the prior infinite: give alpha=0 and beta=0, or a positive std.")
 
     def _check_samples(self) -> None:
         _check_choice("stability_target", self.stability_target, ("log_prob", "logits"))
@@ -142,7 +143,7 @@ class DipConfig(PeftConfig):
             raise ValueError(f"num_samples must be an integer of at least 1, got {self.num_samples!r}.")
         if self.stability_loss_weight > 0 and self.num_samples == 1:
             raise ValueError(
-                f"stability_loss_weight={self.stability_loss_weight} needs num_samples >= 2: one sample has no variance."
+                f"stability_loss_weight={self.stability_loss_weight} needs num_samples >= 2: one has no variance."
             )
         if self.antithetic and self.num_samples > 1 and self.num_samples % 2:
             raise ValueError(
@@ -167,7 +168,7 @@ class DipConfig(PeftConfig):
         write_model_card(save_directory)
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...], also: str | None = None) -> None:
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...], also: str | None = None) -> None:
     if value in allowed:
         return
     nearest = difflib.get_close_matches(str(value), allowed, n=1)

@@ -5,7 +5,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -15,11 +15,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import objective
 from .config import DipConfig
 from .noise import fold_in, new_key
-from .projection import DipProjection, Draw, NoiseSwitch, Site
+from .projection import DipProjection, Draw, DrawMemory, NoiseSwitch
 from .sites import find_sites
 
 
@@ -49,7 +50,7 @@ def get_dip_model(
     if not isinstance(config, DipConfig):
         raise TypeError(f"config must be a DipConfig, got {type(config).__name__}. Put it in DipConfig(weights=...).")
     config = copy.deepcopy(config)
-    if config.task_type is None and getattr(model, "can_generate", bool)():
+    if config.task_type is None and isinstance(model, PreTrainedModel) and model.can_generate():
         config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     if calibration is not None:
@@ -60,7 +61,7 @@ def get_dip_model(
 class DipModel(BaseTuner):
     """The tuner behind `get_dip_model`. A `PeftModel` forwards its methods.
 
-    It owns the adapter of the network's own weights too: PEFT holds one tuner a model, so the weights' config is nested
+    It owns the adapter of the weights too: PEFT holds one tuner a model, so the weights' config is nested
     in `DipConfig`, injected here and saved in the same file.
     """
 
@@ -72,13 +73,14 @@ class DipModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.switch = NoiseSwitch()
+        self._memory = DrawMemory()
         self._antithetic = False
-        self._stream: torch.Tensor | None = None
+        self._seeded_key: torch.Tensor | None = None
         self._forward_hook = model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
-        config = self.peft_config[adapter_name]
+        config = self._dip_config(adapter_name)
         self._check_new_adapter_config(config)
         self._sites = {site.name: site for site in find_sites(model, config)}
         attached = {name.removesuffix(".dip_projection"): module for name, module in self._named_projections()}
@@ -99,19 +101,19 @@ class DipModel(BaseTuner):
     def _check_new_adapter_config(self, config: DipConfig) -> None:
         super()._check_new_adapter_config(config)
         if any(type(m).forward.__module__.startswith("unsloth") for m in self.model.modules()):
-            raise ValueError("Unsloth rewrites the layers' forward, so noise would never run. Load the model without it.")
+            raise ValueError("Unsloth rewrites the layers' forward, so noise never runs. Load the model without it.")
         if config.weights == "full":
             if len(self.peft_config) > 1:
                 raise ValueError('weights="full" changes the base weights, so it cannot be one adapter of several.')
             if any(not p.is_floating_point() for p in self.model.parameters()):
                 raise ValueError('weights="full" cannot train a quantized model. Use weights=LoraConfig(...).')
-        elif any(other.weights == "full" for other in self.peft_config.values()):
+        elif any(self._dip_config(name).weights == "full" for name in self.peft_config):
             raise ValueError('The model holds an adapter with weights="full", which has changed the base weights.')
 
     def _prepare_adapter_config(self, peft_config: DipConfig, model_config: dict) -> DipConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: DipConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: DipConfig, key: str) -> bool:
         return key in self._sites
 
     def _check_target_module_compatiblity(self, peft_config: DipConfig, model: nn.Module, target_name: str) -> None:
@@ -125,7 +127,7 @@ class DipModel(BaseTuner):
     ) -> None:
         projection = getattr(target, "dip_projection", None)
         if projection is None:
-            projection = DipProjection(self._sites[current_key], self.switch)
+            projection = DipProjection(self._sites[current_key], self.switch, self._memory)
             projection.train(target.training)
             projection.attach(target)
         parameter = next(target.parameters(), None)
@@ -150,10 +152,13 @@ class DipModel(BaseTuner):
     def _active_projections(self) -> list[DipProjection]:
         return [projection for _, projection in self._named_projections() if projection.adapter is not None]
 
+    def _dip_config(self, adapter_name: str) -> DipConfig:
+        return cast(DipConfig, self.peft_config[adapter_name])
+
     @property
     def active_dip_config(self) -> DipConfig:
         """The config of the active adapter."""
-        return self.peft_config[self.active_adapters[0]]
+        return self._dip_config(self.active_adapters[0])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter. One at a time: two noises on one input would be neither's."""
@@ -183,18 +188,24 @@ class DipModel(BaseTuner):
         if self.switch.measuring:
             mask = kwargs.get("attention_mask")
             self.switch.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        projections = self._active_projections()
-        if not any(projection.sampling for projection in projections):
-            return
-        if self._stream is None:
+        projections = [projection for projection in self._active_projections() if projection.sampling]
+        draws = self._new_draws(len(projections))
+        for projection, draw in zip(projections, draws, strict=True):
+            projection.begin_forward(draw)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            names = [projection.site.name for projection in projections]
+            self._memory.remember(dict(zip(names, draws, strict=True)))
+
+    def _new_draws(self, num_sites: int) -> list[Draw]:
+        if num_sites == 0:
+            return []
+        if self._seeded_key is None:
             forward_key = new_key()
         else:
-            forward_key = self._stream = fold_in(self._stream, 0)
+            forward_key = self._seeded_key = fold_in(self._seeded_key, 0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             forward_key = fold_in(forward_key, torch.distributed.get_rank())  # ranks are often seeded alike
-        keys = fold_in(forward_key, torch.arange(len(projections)))
-        for projection, key in zip(projections, keys.unbind()):
-            projection.begin_forward(Draw(key, self._antithetic))
+        return [Draw(key, self._antithetic) for key in fold_in(forward_key, torch.arange(num_sites)).unbind()]
 
     @contextlib.contextmanager
     def _switched(self, on: bool | None) -> Iterator[None]:
@@ -209,15 +220,15 @@ class DipModel(BaseTuner):
         """Noise on, in `train()` and in `eval()`.
 
         Args:
-            seed (`int`, *optional*): the draws of the n-th forward in this context are a function of the seed, n and the
-                process's rank. Without it every forward draws a fresh key from PyTorch's global generator.
+            seed (`int`, *optional*): the draws of the n-th forward in this context are a function of the seed, n and
+                the process's rank. Without it every forward draws a fresh key from PyTorch's global generator.
         """
-        previous, self._stream = self._stream, None if seed is None else torch.tensor(seed, dtype=torch.int64)
+        previous, self._seeded_key = self._seeded_key, None if seed is None else torch.tensor(seed, dtype=torch.int64)
         try:
             with self._switched(on=True):
                 yield
         finally:
-            self._stream = previous
+            self._seeded_key = previous
 
     def deterministic(self) -> contextlib.AbstractContextManager[None]:
         """Noise off, in `train()` and in `eval()` (Algorithm 3)."""
@@ -233,7 +244,7 @@ class DipModel(BaseTuner):
             self._antithetic = previous
 
     def calibrate(self, batches: Iterable) -> None:
-        """Measure the RMS of every site's input, noise and dropout off, padding left out, and set it as the noise's scale.
+        """Measure the RMS of every site's input and set it as the noise's scale: noise and dropout off, no padding.
 
         It is averaged over the processes, so each may bring its own batches, but each must call it.
 
@@ -269,13 +280,13 @@ class DipModel(BaseTuner):
             measured = measured.to(device)
             torch.distributed.all_reduce(measured)
         rms = (measured[:, 0] / measured[:, 1]).sqrt().cpu()
-        for projection, scale in zip(projections, rms):
+        for projection, scale in zip(projections, rms, strict=True):
             if not torch.isfinite(scale) or scale == 0:
                 raise ValueError(
-                    f"Calibration measured an RMS of {float(scale)} at site '{projection.site.name}'. Give at least one "
-                    "batch, check it for NaN and infinity, and check the model's output on it."
+                    f"Calibration measured an RMS of {float(scale)} at site '{projection.site.name}'. Give at least "
+                    "one batch, check it for NaN and infinity, and check the model's output on it."
                 )
-        for projection, scale in zip(projections, rms):
+        for projection, scale in zip(projections, rms, strict=True):
             projection.set_scale(scale)
 
     @property
@@ -284,25 +295,25 @@ class DipModel(BaseTuner):
         return not all(projection.calibrated for projection in self._active_projections())
 
     def noise_summary(self) -> list[dict[str, Any]]:
-        """List one row a site: `name`, `scale`, and the `mean`, `min` and `max` over channels of the noise's std.
+        """List one row a site: `name`, `scale`, and the `mean`, `min` and `max` of the noise's std over channels.
 
         The std is relative, in units of `scale` (which is 1 for absolute noise); it is an RMS of the site's input.
         """
         rows = []
         for projection in self._active_projections():
-            std = torch.exp(projection.dip_logvar[projection.adapter].detach() / 2)
-            scale = float(projection.dip_scale[projection.adapter])
-            row = {"name": projection.site.name, "scale": scale}
+            std = torch.exp(projection.logvar.detach() / 2)
+            row = {"name": projection.site.name, "scale": float(projection.scale)}
             rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
         return rows
 
     def logvars(self) -> list[nn.Parameter]:
         """The active adapter's log-variances, one a site."""
-        return [projection.dip_logvar[projection.adapter] for projection in self._active_projections()]
+        return [projection.logvar for projection in self._active_projections()]
 
     def prior_loss(self) -> torch.Tensor:
         """Eq. (3) of the active adapter, a scalar."""
         config = self.active_dip_config
+        assert config.alpha is not None and config.beta is not None
         return objective.prior_loss(self.logvars(), config.alpha, config.beta, config.prior_reduction)
 
     # ---- save, load, merge ----
@@ -327,11 +338,13 @@ class DipModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        tuner = super() if isinstance(config.weights, str) else PEFT_TYPE_TO_TUNER_MAPPING[config.weights.peft_type]
-        weights = config if isinstance(config.weights, str) else config.weights
-        remapped = tuner._remap_adapter_state_dict_for_load(
-            model=model, config=weights, adapter_name=adapter_name, state_dict=state_dict
-        )
+        if isinstance(config.weights, str):
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        else:
+            weights_tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.weights.peft_type]
+            remapped = weights_tuner._remap_adapter_state_dict_for_load(
+                model=model, config=config.weights, adapter_name=adapter_name, state_dict=state_dict
+            )
         _check_fits(model, config, adapter_name, remapped)
         return remapped
 
@@ -339,7 +352,10 @@ class DipModel(BaseTuner):
         """Disable noise and adapter weights; weights trained with `weights="full"` stay, and a warning says so."""
         super().disable_adapter_layers()
         if self.active_dip_config.weights == "full":
-            warnings.warn('Disabling an adapter with weights="full" removes its noise only: the base weights have changed.')
+            warnings.warn(
+                'Disabling an adapter with weights="full" removes its noise only: the base weights have changed.',
+                stacklevel=2,
+            )
 
     def export_weights_adapter(self, save_directory: str | os.PathLike) -> None:
         """Write the active adapter's weights as a folder of stock PEFT that loads without this package.
@@ -351,13 +367,13 @@ class DipModel(BaseTuner):
             ValueError: `weights` is `"full"` or `"frozen"`, so there is no such adapter.
         """
         adapter_name = self.active_adapters[0]
-        config = self.peft_config[adapter_name]
+        config = self._dip_config(adapter_name)
         if isinstance(config.weights, str):
             raise ValueError(
                 f"weights={config.weights!r} has no PEFT adapter to export. merge_and_unload().save_pretrained(...) "
                 "writes the whole network."
             )
-        weights = copy.deepcopy(config.weights)
+        weights = cast(PeftConfig, copy.deepcopy(config.weights))
         weights.base_model_name_or_path = config.base_model_name_or_path
         weights.task_type = config.task_type
         weights.inference_mode = True
@@ -373,7 +389,7 @@ class DipModel(BaseTuner):
         save_file(tensors, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         weights.save_pretrained(str(save_directory))
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args, **kwargs):
         self._forward_hook.remove()
         for name, projection in self._named_projections():
             projection.detach_from(self.model.get_submodule(name.removesuffix(".dip_projection")))

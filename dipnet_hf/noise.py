@@ -9,7 +9,7 @@ import torch
 
 
 def new_key() -> torch.Tensor:
-    """Draw a fresh int64 scalar key from PyTorch's global CPU generator, so that `set_seed` and a resumed run repeat it."""
+    """Draw an int64 scalar key from PyTorch's global CPU generator, so that `set_seed` and a resumed run repeat it."""
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64)
 
 

@@ -1,9 +1,10 @@
 """The training objective, eqs. (2) to (4): pure tensor functions, and `dip_loss` for any training loop.
 
-Shape legend: S samples, B batch, L sequence, V vocabulary, N supervised tokens. A batch of S samples is laid out sample
-by sample: rows 0..B-1 are sample 0, rows B..2B-1 sample 1, and so on.
+Shape legend: S samples, B batch, L sequence, V vocabulary, N supervised tokens. A batch of S samples is laid out
+sample by sample: rows 0..B-1 are sample 0, rows B..2B-1 sample 1, and so on.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ IGNORE_INDEX = -100
 
 
 class DipLoss(NamedTuple):
-    """Scalar tensors, each already weighted. `loss` is the sum of the others, plus the load-balancing loss of a mixture
-    of experts where the model returns one."""
+    """Scalar tensors, each already weighted. `loss` is the sum of the others, plus the load-balancing loss of a
+    mixture of experts where the model returns one.
+    """
 
     loss: torch.Tensor
     nll: torch.Tensor
@@ -38,14 +40,14 @@ def kl_weights(prior_std: float, weight: float) -> tuple[float, float]:
     return weight / (2 * prior_std**2), weight / 2
 
 
-def prior_loss(logvars: list[torch.Tensor], alpha: float, beta: float, reduction: str = "mean") -> torch.Tensor:
+def prior_loss(logvars: Sequence[torch.Tensor], alpha: float, beta: float, reduction: str = "mean") -> torch.Tensor:
     """Eq. (3): `alpha * lambda - beta * ln(lambda)`, averaged or summed over all sites and channels.
 
     Args:
-        logvars (`list[torch.Tensor]`): `ln(lambda)`, one vector a site.
+        logvars (`Sequence[torch.Tensor]`): `ln(lambda)`, one vector a site.
         reduction (`str`): `"mean"`, or `"sum"`, the paper's own.
     """
-    logvar = torch.cat(logvars)
+    logvar = torch.cat(tuple(logvars))
     # A zero weight drops its term instead of multiplying it: at zero variance 0 * inf would be NaN.
     terms = torch.zeros_like(logvar)
     if alpha:
@@ -97,7 +99,8 @@ def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tenso
             supervised tokens, sample by sample; the variance of logits is summed over V.
         num_samples (`int`): S, at least 2.
     """
-    return outputs_SN.float().unflatten(0, (num_samples, -1)).var(dim=0, unbiased=True).sum()
+    samples = outputs_SN.float().unflatten(0, (num_samples, -1))
+    return (samples - samples.mean(0)).square().sum() / (num_samples - 1)
 
 
 def dip_loss(

@@ -4,6 +4,7 @@ A pre-hook that replaces the layer's input leaves module names, weight keys and 
 wrapping the layer would not.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from torch import nn
 from .config import DipConfig
 from .noise import fold_in, project
 
-# Bounds the memory for inputs whose layer may be recomputed: far more than the forwards that await a backward pass.
-_MAX_REMEMBERED_DRAWS = 1024
+# Far more than the forward passes that wait for their backward pass at any time.
+_MAX_REMEMBERED_FORWARDS = 256
 
 
 class Site(NamedTuple):
@@ -35,9 +36,41 @@ class Draw(NamedTuple):
     antithetic: bool
 
 
+class DrawMemory:
+    """The draws of recent forward passes, found again when a checkpointed layer is recomputed.
+
+    A layer is recomputed within a backward pass, while the engine evaluates a node of the graph that the layer's
+    forward pass built. Nodes are numbered as they are made, so the node's number tells which forward pass that was,
+    even if others have begun since.
+    """
+
+    def __init__(self) -> None:
+        self._forwards: deque[tuple[int, dict[str, Draw | None]]] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
+
+    def remember(self, draws: dict[str, Draw | None]) -> None:
+        """Note the draws, by site name, of a forward pass that begins now; there are none while noise is off."""
+        self._forwards.append((torch.autograd._get_sequence_nr(), draws))
+
+    def note_repeated(self, name: str) -> None:
+        """Note that the site ran several times in the latest forward pass, so that one draw cannot stand for it."""
+        if self._forwards and name in self._forwards[-1][1]:
+            self._forwards[-1][1][name] = None
+
+    def recall(self, node: torch.autograd.graph.Node, name: str) -> Draw | None:
+        """The draw that the site had in the forward pass that made `node`, None if noise was off."""
+        number = node._sequence_nr()
+        draws = next((draws for first_node, draws in reversed(self._forwards) if first_node <= number), None)
+        if draws is None or draws.get(name, "off") is None:
+            raise RuntimeError(
+                f"Site '{name}' is recomputed in the backward pass, but it did not run exactly once in the model's "
+                "forward pass, so its noise cannot be repeated. Disable gradient checkpointing."
+            )
+        return draws.get(name)
+
+
 @dataclass
 class NoiseSwitch:
-    """One for all sites of a model: whether noise is on (None: as `train()` and `eval()` say), and being measured."""
+    """One for all sites of a model: whether noise is on (None: as `train()` and `eval()` say), and measuring."""
 
     on: bool | None = None
     measuring: bool = False
@@ -54,25 +87,26 @@ class DipProjection(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("dip_logvar",)
     other_param_names = ("dip_scale",)
 
-    def __init__(self, site: Site, switch: NoiseSwitch) -> None:
+    def __init__(self, site: Site, switch: NoiseSwitch, memory: DrawMemory) -> None:
         super().__init__()
         self.site = site
         self.switch = switch
+        self.memory = memory
         self.dip_logvar = nn.ParameterDict()
         self.dip_scale = BufferDict({}, persistent=True)
         self._calibrated: dict[str, bool] = {}
         self._draw: Draw | None = None
         self._num_draws = 0
-        self._draw_of_input: dict[int, Draw] = {}
-        self._sum_of_squares = 0.0
-        self._num_measured = 0
+        self._measured = torch.zeros(2, dtype=torch.float64)
         self.register_load_state_dict_post_hook(_note_calibration)
 
     def add_adapter(self, adapter_name: str, config: DipConfig, device: torch.device | None) -> None:
         """Create the adapter's parameters, at `init_noise_std` everywhere."""
         size = self.site.num_channels if config.granularity == "channel" else 1
         logvar = 2 * torch.log(torch.full((size,), config.init_noise_std, dtype=torch.float32, device=device))
-        scale = torch.tensor(1.0 if config.noise_scale == "absolute" else torch.nan, dtype=torch.float32, device=device)
+        scale = torch.tensor(
+            1.0 if config.noise_scale == "absolute" else torch.nan, dtype=torch.float32, device=device
+        )
         self.dip_logvar[adapter_name] = nn.Parameter(logvar)
         self.dip_scale[adapter_name] = scale
         self.note_calibration()
@@ -106,16 +140,26 @@ class DipProjection(nn.Module, BaseTunerLayer):
         return next((name for name in self.active_adapters if name in self.dip_logvar), None)
 
     @property
+    def logvar(self) -> nn.Parameter:
+        """The active adapter's log-variances, of shape `(D,)` or `(1,)`."""
+        return self.dip_logvar[str(self.adapter)]
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The active adapter's scale, a scalar."""
+        return self.dip_scale[str(self.adapter)]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the active adapter's scale is known."""
+        return self._calibrated[str(self.adapter)]
+
+    @property
     def sampling(self) -> bool:
         """Whether noise is on."""
         if self.disable_adapters or self.adapter is None:
             return False
         return self.training if self.switch.on is None else self.switch.on
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the active adapter's scale is known."""
-        return self._calibrated[self.adapter]
 
     def begin_forward(self, draw: Draw) -> None:
         """Take the draw of a forward pass that starts now."""
@@ -130,8 +174,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
         """
         if self.switch.measuring:
             self._measure(x)
-        adapter = self.adapter
-        if adapter is None or not self.sampling:
+        draw = self._current_draw()
+        if draw is None:
             return x
         if not self.calibrated:
             raise ValueError(
@@ -139,57 +183,40 @@ class DipProjection(nn.Module, BaseTunerLayer):
                 "Call model.calibrate(batches) with a few training batches first (DipTrainer does it by itself), or "
                 'set noise_scale="absolute".'
             )
-        key, antithetic = self._draw_for(x)
-        logvar, scale = self.dip_logvar[adapter].to(x.device), self.dip_scale[adapter].to(x.device)
-        return project(x, logvar, scale, key, antithetic, self.site.channel_dim)
+        logvar, scale = self.logvar.to(x.device), self.scale.to(x.device)
+        return project(x, logvar, scale, draw.key, draw.antithetic, self.site.channel_dim)
 
-    def _draw_for(self, x: torch.Tensor) -> Draw:
-        """The draw for this use of the site: a new one, or, where a checkpointed layer is recomputed, the same again.
-
-        A layer is recomputed during the backward pass, on the very tensor that it had in the forward pass. That is
-        what identifies it, since other forward passes may have begun in between.
-        """
+    def _current_draw(self) -> Draw | None:
+        """The draw for this use of the site: a new one, or, where a checkpointed layer is recomputed, the same one."""
+        node = None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
+        if node is not None:
+            return self.memory.recall(node, self.site.name)
+        if not self.sampling:
+            return None
         if self._draw is None:
-            raise RuntimeError(f"Site '{self.site.name}' ran outside the model's own forward pass.")
-        if torch.compiler.is_compiling():
-            return self._next_draw()
-        if torch._C._current_graph_task_id() == -1:  # not within a backward pass
-            self._draw_of_input.pop(x.data_ptr(), None)
-            if len(self._draw_of_input) == _MAX_REMEMBERED_DRAWS:
-                del self._draw_of_input[next(iter(self._draw_of_input))]
-            return self._draw_of_input.setdefault(x.data_ptr(), self._next_draw())
-        try:
-            return self._draw_of_input[x.data_ptr()]
-        except KeyError:
-            raise RuntimeError(
-                f"Site '{self.site.name}' is recomputed on an input that it did not have in the forward pass, so its "
-                "noise cannot be repeated. Activation offloading under a checkpointed layer does this: switch one off."
-            ) from None
-
-    def _next_draw(self) -> Draw:
-        """A site that runs again in one forward pass (a shared layer, a direct call) gets a new draw every time."""
-        draw = self._draw
-        if self._num_draws:
-            draw = draw._replace(key=fold_in(draw.key, self._num_draws))
+            raise RuntimeError(f"Site '{self.site.name}' ran before the model's first forward pass began.")
         self._num_draws += 1
-        return draw
+        if self._num_draws == 1:
+            return self._draw
+        # A site that runs again in one forward pass (a shared layer, a direct call) must not repeat its noise.
+        if not torch.compiler.is_compiling():
+            self.memory.note_repeated(self.site.name)
+        return self._draw._replace(key=fold_in(self._draw.key, self._num_draws))
 
     def _measure(self, x: torch.Tensor) -> None:
         mask = self.switch.token_mask
         if mask is not None and x.shape[: mask.dim()] == mask.shape:
             x = x[mask.bool()]
-        self._sum_of_squares += x.detach().double().square().sum().cpu()
-        self._num_measured += x.numel()
+        self._measured += torch.stack([x.double().square().sum().cpu(), torch.tensor(x.numel())])
 
     def pop_measured(self) -> torch.Tensor:
         """The sum of squares and the number of values measured since the last call, float64 of shape `(2,)`."""
-        measured = torch.tensor([float(self._sum_of_squares), float(self._num_measured)], dtype=torch.float64)
-        self._sum_of_squares, self._num_measured = 0.0, 0
+        measured, self._measured = self._measured, torch.zeros_like(self._measured)
         return measured
 
     def set_scale(self, scale: torch.Tensor) -> None:
         """Set the active adapter's scale."""
-        self.dip_scale[self.adapter] = scale.to(self.dip_scale[self.adapter])
+        self.dip_scale[str(self.adapter)] = scale.to(self.scale)
         self.note_calibration()
 
     def note_calibration(self) -> None:

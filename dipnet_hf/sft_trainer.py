@@ -6,7 +6,6 @@ import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
-from .projection import DipProjection
 from .trainer import DipTrainerMixin
 
 
@@ -18,20 +17,16 @@ class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
     """
 
     def __init__(self, model, *args, **kwargs):
-        modules = model.named_modules() if isinstance(model, torch.nn.Module) else []
-        kept = {
-            f"{name}.dip_logvar.{adapter}": logvar.detach().clone()
-            for name, module in modules
-            if isinstance(module, DipProjection)
-            for adapter, logvar in module.dip_logvar.items()
-        }
+        named = model.named_parameters() if isinstance(model, torch.nn.Module) else []
+        kept = {name: parameter.detach().clone() for name, parameter in named if "dip_logvar" in name}
         super().__init__(model, *args, **kwargs)
         # TRL casts the trainable parameters of a quantized model to bfloat16, where small steps of logvar vanish.
-        for name, parameter in self.model.named_parameters():
+        trained: Any = self.model
+        for name, parameter in trained.named_parameters():
             if "dip_logvar" in name and parameter.dtype != torch.float32:
                 parameter.data = kept.get(name, parameter.data).float()
 
-    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> tuple[torch.Tensor, Any]:
+    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> Any:
         config = self._tuner().active_dip_config
         if config.stability_loss_weight and config.stability_target == "logits":
             return Trainer.compute_loss(

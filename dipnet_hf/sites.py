@@ -6,6 +6,7 @@ parts by what they are, so that a new architecture needs no entry here.
 
 import difflib
 import re
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
@@ -28,13 +29,13 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
         config (`DipConfig`): `target_sites` or `target_modules`, and `layers_to_transform`.
 
     Raises:
-        ValueError: nothing matches, a layer is out of range, or the architecture has no such part; the message says what
-            there is and what to do.
+        ValueError: nothing matches, a layer is out of range, or the architecture has no such part; the message says
+            what there is and what to do.
     """
     if config.target_modules is not None:
         return _named_sites(model, config)
     if config.target_sites == "embedding":
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding = _embedding(model)
         if embedding is None:
             raise ValueError(f"{type(model).__name__} has no input embedding. {_NAME_IT}")
         return [Site(_name_of(model, embedding), embedding.weight.shape[1], at_output=True)]
@@ -44,7 +45,7 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
         sites = [Site(f"{name}.{part}", *width) for name, layer in layers for part, width in _linears(layer)]
     else:
         hidden_size = _text_config(model).hidden_size
-        part_of = {"decoder_layer": lambda layer: "", "attention": _attention, "mlp": _mlp}[config.target_sites]
+        part_of = {"decoder_layer": lambda layer: "", "attention": _attention, "mlp": _mlp}[str(config.target_sites)]
         parts = [(name, part_of(layer)) for name, layer in layers]
         sites = [Site(f"{name}.{part}".rstrip("."), hidden_size) for name, part in parts if part is not None]
     if not sites:
@@ -56,7 +57,7 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
     return sites
 
 
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     """Find the stack of layers of a transformer: the outermost `ModuleList` of `num_hidden_layers` entries.
 
     Returns:
@@ -77,9 +78,18 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     raise ValueError(f"No stack of {num_layers} layers was found in {type(model).__name__}. {_NAME_IT}")
 
 
-def _text_config(model: nn.Module):
-    config = getattr(model, "config", None)
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _embedding(model: Any) -> Any:
+    """The table of token embeddings; None where there is none, as for images."""
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:
+        return None
+    return embedding if hasattr(embedding, "weight") else None
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -89,12 +99,16 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 def _select(layers: list[tuple[str, nn.Module]], config: DipConfig) -> list[tuple[str, nn.Module]]:
     if config.layers_to_transform is None:
         return layers
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    wanted = _layer_list(config)
     beyond = [i for i in wanted if not 0 <= i < len(layers)]
     if beyond or not wanted:
         raise ValueError(f"layers_to_transform={wanted} must be layers from 0 to {len(layers) - 1} of this model.")
     return [layers[i] for i in sorted(set(wanted))]
+
+
+def _layer_list(config: DipConfig) -> list[int]:
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else list(layers or [])
 
 
 def _attention(layer: nn.Module) -> str | None:
@@ -110,14 +124,14 @@ def _mlp(layer: nn.Module) -> str | None:
         and not re.search(r"attn|mamba|ssm", name)
         and any(parameter.dim() >= 2 for parameter in child.parameters())
     ]
-    by_name = [name for name, kind in candidates if re.search(r"mlp|ffn|feed_?forward|moe|expert", f"{name} {kind}", re.I)]
+    by_name = [
+        name for name, kind in candidates if re.search(r"mlp|ffn|feed_?forward|moe|expert", f"{name} {kind}", re.I)
+    ]
     return next(iter(by_name or [name for name, _ in candidates]), None)
 
 
 def _linears(layer: nn.Module) -> list[tuple[str, tuple[int, int]]]:
-    return [
-        (name, input_channels(module)) for name, module in _outside_adapters(layer) if name and _is_linear(module)
-    ]
+    return [(name, input_channels(module)) for name, module in _outside_adapters(layer) if name and _is_linear(module)]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -140,15 +154,15 @@ def _named_sites(model: nn.Module, config: DipConfig) -> list[Site]:
     matched = [(name, module) for name, module in modules if check_target_module_exists(config, name)]
     if config.layers_to_transform is not None:
         _check_layers_exist(config, [name for name, _ in matched])
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     if not matched:
+        targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
         names = sorted({part for name, _ in modules for part in (name, name.rpartition(".")[2]) if not part.isdigit()})
         nearest = [match for target in targets for match in difflib.get_close_matches(target, names, n=3)]
         raise ValueError(
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}."
             + (f" The nearest names are {nearest}." if nearest else f" Its names are like {names[:10]}.")
         )
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = _embedding(model)
     return [
         Site(name, embedding.weight.shape[1], at_output=True)
         if module is embedding
@@ -158,8 +172,7 @@ def _named_sites(model: nn.Module, config: DipConfig) -> list[Site]:
 
 
 def _check_layers_exist(config: DipConfig, matched_names: list[str]) -> None:
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else wanted
+    wanted = _layer_list(config)
     found = {int(part) for name in matched_names for part in name.split(".") if part.isdigit()}
     missing = sorted(set(wanted) - found)
     if missing:
@@ -171,12 +184,14 @@ def _check_layers_exist(config: DipConfig, matched_names: list[str]) -> None:
 def input_channels(module: nn.Module) -> tuple[int, int] | None:
     """The number of channels of a module's input and their dimension, as far as the module itself tells.
 
-    A block tells by its first layer with weights if that is a convolution (channels are dimension 1 there).
+    A block tells by its first layer with weights if channels are dimension 1 there, as for a convolution.
     """
-    leaf = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if next(leaf.children(), None) is not None:
-        leaf = next(m for m in leaf.modules() if next(m.children(), None) is None and next(m.parameters(), None) is not None)
-        return input_channels(leaf) if isinstance(leaf, nn.modules.conv._ConvNd) else None
+    leaf: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    children = [child for child in leaf.children() if not isinstance(child, DipProjection)]
+    if children:
+        first = next((child for child in children if next(child.parameters(), None) is not None), None)
+        channels = None if first is None else input_channels(first)
+        return channels if channels is not None and channels[1] == 1 else None
     if isinstance(leaf, nn.modules.conv._ConvNd):
         return leaf.in_channels, 1
     if isinstance(leaf, nn.modules.batchnorm._NormBase):

@@ -4,7 +4,7 @@ The data term is whatever loss the trainer computes, on S rows a row; the mixin 
 """
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,21 @@ from transformers import Trainer
 from .model import DipModel
 from .objective import expand_batch, stability_penalty, supervised_logits
 
+if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
+    _Base = Trainer
+else:
+    _Base = object
+
 _TERMS = ("nll", "prior", "stability")
 _NUM_CALIBRATION_BATCHES = 8
 
 
-class DipTrainerMixin:
-    """Trains a model from `get_dip_model` with eqs. (2) to (4); put it before a Trainer class: `class T(DipTrainerMixin, Base)`.
+class DipTrainerMixin(_Base):
+    """Trains a model from `get_dip_model` with eqs. (2) to (4). It stands before a Trainer class among the bases.
 
-    Evaluation is noise-off and reports the base trainer's own loss. The terms, and the noise's std, are logged beside the
-    training loss. The log-variances have their own optimizer group. A model that needs it is calibrated on the first
-    batches of the training data.
+    Evaluation is noise-off and reports the base trainer's own loss. The terms, and the noise's std, are logged beside
+    the training loss. The log-variances have their own optimizer group. A model that needs it is calibrated on the
+    first batches of the training data.
 
     Raises:
         TypeError: the model has no DIP adapter.
@@ -31,20 +36,21 @@ class DipTrainerMixin:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._tuner()
-        self._term_sums = torch.zeros(len(_TERMS))
-        self._terms_logged_at_step = self.state.global_step
+        self._term_sums: torch.Tensor | None = None  # since the last log
+        self._first_step_of_sums = 0
 
     def _tuner(self) -> DipModel:
         tuner = getattr(self.model, "base_model", None)
         if not isinstance(tuner, DipModel):
-            raise TypeError(f"{type(self).__name__} needs a model from get_dip_model, got {type(self.model).__name__}.")
+            raise TypeError(
+                f"{type(self).__name__} needs a model from get_dip_model, got {type(self.model).__name__}."
+            )
         return tuner
 
     def train(self, *args, **kwargs):
         """As the base trainer's; calibrates first if the noise is relative and its scale was not measured."""
         if self._tuner().needs_calibration:
             self._calibrate()
-        self._terms_logged_at_step = self.state.global_step
         return super().train(*args, **kwargs)
 
     def _calibrate(self) -> None:
@@ -73,7 +79,7 @@ class DipTrainerMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective in training, in one forward; the base trainer's loss in evaluation."""
-        if not self.model.training:
+        if not self._tuner().training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         tuner = self._tuner()
         config = tuner.active_dip_config
@@ -93,7 +99,7 @@ class DipTrainerMixin:
         loss = nll + prior + stability
         return (loss, outputs) if return_outputs else loss
 
-    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> tuple[torch.Tensor, Any]:
+    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> Any:
         """Eq. (2) and the model's outputs, in one forward."""
         return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
 
@@ -120,20 +126,21 @@ class DipTrainerMixin:
         terms = torch.stack([nll.detach().float(), prior.detach().to(nll.device), stability.detach()])
         if num_items_in_batch is None:
             terms = terms / self.current_gradient_accumulation_steps
-        self._term_sums = self._term_sums.to(terms.device) + terms
+        if self._term_sums is None:
+            self._term_sums, self._first_step_of_sums = torch.zeros_like(terms), self.state.global_step
+        self._term_sums += terms
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add `nll`, `prior`, `stability` and `noise_std_{mean,min,max}` to the training logs."""
-        num_steps = self.state.global_step - self._terms_logged_at_step
-        if "loss" in logs and num_steps > 0:
+        if "loss" in logs and self._term_sums is not None:
+            num_steps = self.state.global_step - self._first_step_of_sums
             means = self.accelerator.reduce(self._term_sums, reduction="mean") / num_steps
-            logs |= dict(zip(_TERMS, means.tolist()))
+            logs |= dict(zip(_TERMS, means.tolist(), strict=True))
             rows = self._tuner().noise_summary()
             logs["noise_std_mean"] = sum(row["mean"] for row in rows) / len(rows)
             logs["noise_std_min"] = min(row["min"] for row in rows)
             logs["noise_std_max"] = max(row["max"] for row in rows)
-            self._term_sums = torch.zeros_like(self._term_sums)
-            self._terms_logged_at_step = self.state.global_step
+            self._term_sums = None
         super().log(logs, *args, **kwargs)
 
 

@@ -36,7 +36,9 @@ def plot_losses(result_files: list[str], path: str) -> None:
         if len(heldout):
             axes.plot(*heldout.T, color=f"C{number}", linestyle="--", marker="o", label=f"{label}, held-out NLL")
     if not axes.lines:
-        raise ValueError(f"None of {', '.join(map(str, result_files))} logged a loss; set training.logging_steps lower.")
+        raise ValueError(
+            f"No loss in {', '.join(map(str, result_files))}; lower training.logging_steps for the next run."
+        )
     axes.set(xlabel="step", ylabel="nats per token")
     axes.legend()
     figure.savefig(path, dpi=150)

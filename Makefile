@@ -1,0 +1,66 @@
+# Every command a contributor or the CI needs. `make` alone lists them.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-gpu test-oldest style bench lock clean
+
+help:  ## list the targets
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: .venv/.installed  ## make .venv at the versions of constraints.txt
+
+.venv/.installed: constraints.txt
+.venv-oldest/.installed: constraints-oldest.txt
+
+# An environment is installed again when pyproject.toml or its constraints change, and only then. torch goes first and by
+# itself: a machine without a GPU wants the CPU build that its own pip settings offer (a wheel folder, an extra index),
+# and at any other version than the pinned one pip would fetch gigabytes of CUDA packages with it.
+%/.installed: pyproject.toml
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install -c $(filter constraints%,$^) torch
+	$*/bin/python -m pip install -c $(filter constraints%,$^) -e '.[dev]'
+	touch $@
+
+demo: .venv/.installed  ## fine-tune a tiny model with and without DIPNet; results in runs/demo
+	.venv/bin/python recipes/demo.py
+
+# One thread a worker: the workers already use the cores.
+test test-gpu test-oldest: export OMP_NUM_THREADS = 1
+
+test: .venv/.installed  ## the tests: CPU, no downloads (JOBS=n workers)
+	.venv/bin/python -m pytest -n $(JOBS) tests
+
+test-gpu: .venv/.installed  ## the tests that need a CUDA device
+	.venv/bin/python -m pytest -m gpu tests
+
+test-oldest: .venv-oldest/.installed  ## the tests at the oldest supported versions (Python 3.10 to 3.12)
+	.venv-oldest/bin/python -m pytest -n $(JOBS) tests
+
+style: .venv/.installed  ## lint, format, types, spelling: checks only
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/codespell
+
+bench: .venv/.installed  ## time and memory of a training step
+	.venv/bin/python benchmarks/step.py
+
+# Resolves pyproject.toml for all supported Pythons at once; a pin that still holds is kept, delete its line to renew it.
+# What torch brings along for CUDA is left out: that is for the chosen build of torch to say. The oldest set is resolved
+# for Python 3.10, so that its pins are one list. In it torch stays at the current version: its lower bound is the one
+# transformers states, and is not tested here.
+UV_COMPILE = uv pip compile pyproject.toml - --extra dev --python-version 3.10 --no-annotate --quiet \
+	--custom-compile-command "make lock"
+DROP_CUDA = sed -i.bak -E '/^(cuda|nvidia|triton)[a-z0-9-]*==/d'
+
+lock:  ## resolve both constraints files again (needs uv)
+	echo torch==2.13.0 | $(UV_COMPILE) --universal -o constraints.txt
+	$(DROP_CUDA) constraints.txt && rm constraints.txt.bak
+	printf 'torch==2.13.0\ntokenizers==0.23.1\n' | $(UV_COMPILE) --resolution lowest-direct -o constraints-oldest.txt
+	$(DROP_CUDA) constraints-oldest.txt && rm constraints-oldest.txt.bak
+
+clean:  ## remove build products and caches; keeps runs/ and the environments
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,224 @@
+"""The fine-tuning recipe's configuration: dataclasses, a YAML file and `--set key=value`. No training code lives here.
+
+Three sections hold other libraries' options under their own names: `weights` a PEFT config, `dip` a `DipConfig`,
+`training` a `TrainingArguments`. Their keys are checked here too, so a misspelled one stops the run before any work.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+import yaml
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import TrainingArguments
+
+from dipnet_hf import DipConfig
+
+
+@dataclass
+class EvaluationConfig:
+    """What the trained model is scored on, by lm-evaluation-harness through `eval/scoring.py`.
+
+    Args:
+        tasks (`list[str]`): tasks of `eval/tasks`, each scored on the dataset's `test` split; `[]` skips the scoring.
+        limit (`int`, *optional*): problems a task; all of them when null.
+        batch_size (`int`): prompts generated at once.
+        max_new_tokens (`int`): the longest answer.
+    """
+
+    tasks: list[str] = field(default_factory=lambda: ["gsm8k_local"])
+    limit: int | None = None
+    batch_size: int = 64
+    max_new_tokens: int = 256
+
+    def __post_init__(self):
+        if not isinstance(self.tasks, list):
+            raise ValueError(f"evaluation.tasks must be a list, got {self.tasks!r}; write [{self.tasks}].")
+        for name in ("limit", "batch_size", "max_new_tokens"):
+            _require_positive(f"evaluation.{name}", getattr(self, name), optional=name == "limit")
+
+
+@dataclass
+class FinetuneConfig:
+    """One run of `recipes/finetune.py`.
+
+    Args:
+        model (`str`): Hub id or folder of a causal language model and its tokenizer.
+        dataset (`str`): Hub id or folder with a `train` split of `question` / `answer` rows and, for the held-out
+            figures, a `test` split.
+        training (`dict`): any field of `transformers.TrainingArguments`; `output_dir` is required.
+        weights (`dict` or `str`): how the network's own weights learn: the fields of a PEFT config with its
+            `peft_type`, or `"full"`, or `"frozen"`.
+        dip (`dict`, *optional*): fields of `DipConfig`; null is plain fine-tuning of the same weights.
+        dataset_config (`str`, *optional*): the dataset's configuration; null: its only one, `main` or `default`.
+        max_length (`int`): tokens; longer training sequences are dropped, longer held-out ones are cut.
+        max_train_samples (`int`, *optional*): train on the first so many sequences that fit.
+        max_eval_samples (`int`, *optional*): hold out the first so many test problems.
+        evaluation (`EvaluationConfig`): what the trained model is scored on.
+        trust_remote_code (`bool`): let the model's repository run its own code.
+    """
+
+    model: str
+    dataset: str
+    training: dict
+    weights: dict | str
+    dip: dict | None = None
+    dataset_config: str | None = None
+    max_length: int = 512
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        for name in ("max_length", "max_train_samples", "max_eval_samples"):
+            _require_positive(name, getattr(self, name), optional=name != "max_length")
+        if "output_dir" not in self.training:
+            raise ValueError("training.output_dir is not set; give the folder for the model and its results.")
+        if self.weights == "frozen" and self.dip is None:
+            raise ValueError("weights: frozen with dip: null trains nothing; give a PEFT config or full, or set dip.")
+        self.dip_config()  # for its errors
+
+    def peft_config(self) -> PeftConfig | str:
+        """Build the PEFT config of `weights`; `"full"` and `"frozen"` stay as they are."""
+        if isinstance(self.weights, str):
+            return self.weights
+        return PeftConfig.from_peft_type(**{"task_type": "CAUSAL_LM", **self.weights})
+
+    def dip_config(self) -> DipConfig | None:
+        """Build the `DipConfig` around the weights; None for plain fine-tuning."""
+        return None if self.dip is None else DipConfig(weights=self.peft_config(), **self.dip)
+
+    def training_arguments(self) -> TrainingArguments:
+        """Build the `TrainingArguments`, with a data order that depends on nothing but the seed.
+
+        With `data_seed` unset accelerate takes the seed of torch's global generator at that moment, which is the same
+        for a plain and a DIP run only as long as neither reseeds it.
+        """
+        training = {
+            name: "no" if name.endswith("_strategy") and value is False else value  # an unquoted `no` is False in YAML
+            for name, value in self.training.items()
+        }
+        arguments = TrainingArguments(**{"dataloader_pin_memory": torch.accelerator.is_available(), **training})
+        if arguments.data_seed is None:
+            arguments.data_seed = arguments.seed
+        return arguments
+
+
+def load_config(path: str, overrides: list[str] = ()) -> FinetuneConfig:
+    """Read a recipe's YAML file, apply `key=value` overrides and check every key.
+
+    Args:
+        path (`str`): the YAML file.
+        overrides (`list[str]`): `key=value`, the key dotted for sections (`training.learning_rate=1e-4`), the value
+            YAML (`null`, `[a, b]`, `{a: 1}`).
+
+    Raises:
+        ValueError: the file is missing or not a mapping, an override is malformed, or a key is unknown.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"No configuration file at {path}; those of this repository are in recipes/configs/.")
+    values = _parse_yaml(Path(path).read_text(encoding="utf-8"), path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}.")
+    for override in overrides:
+        _apply_override(values, override)
+    _check_all_keys(values)
+    evaluation = EvaluationConfig(**values.pop("evaluation", None) or {})
+    return FinetuneConfig(**values, evaluation=evaluation)
+
+
+def dump_config(config: FinetuneConfig) -> str:
+    """Write a configuration as the YAML that `load_config` reads."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` that reads `1e-4` as a number, as YAML 1.2 does; YAML 1.1 wants `1.0e-4`."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str, source: str):
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
+
+
+def _apply_override(values: dict, override: str) -> None:
+    """Set one dotted `key=value` in `values`, making the sections that are not there."""
+    key, separator, text = override.partition("=")
+    if not (key and separator):
+        raise ValueError(f"--set takes key=value, got {override!r}; write for instance training.learning_rate=1e-4.")
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"--set {override}: {'.'.join(sections[:depth])} is {values!r} and has no keys; "
+                f"replace it as a whole with --set '{'.'.join(sections[:depth])}={{...}}'."
+            )
+    values[name] = _parse_yaml(text, f"--set {override}")
+
+
+def _check_all_keys(values: dict) -> None:
+    required = {"model", "dataset", "training", "weights"}
+    _check_keys("", values, _field_names(FinetuneConfig))
+    if missing := sorted(name for name in required if values.get(name) is None):
+        raise ValueError(f"The configuration lacks {', '.join(missing)}; see recipes/configs/ for complete ones.")
+    _check_keys("training", values["training"], _field_names(TrainingArguments))
+    if isinstance(values["weights"], dict):
+        _check_keys("weights", values["weights"], _field_names(_peft_config_class(values["weights"])))
+    elif values["weights"] not in ("full", "frozen"):
+        raise ValueError(
+            f"weights must be full, frozen or the fields of a PEFT config, got {values['weights']!r}; "
+            "write for instance {peft_type: LORA, r: 16}."
+        )
+    if values.get("dip") is not None:
+        _check_keys("dip", values["dip"], _field_names(DipConfig) - {"weights", *_field_names(PeftConfig)})
+    if values.get("evaluation") is not None:
+        _check_keys("evaluation", values["evaluation"], _field_names(EvaluationConfig))
+
+
+def _peft_config_class(weights: dict) -> type[PeftConfig]:
+    known = {peft_type.value for peft_type in PeftType}
+    peft_type = weights.get("peft_type")
+    if peft_type not in known:
+        raise ValueError(f"weights.peft_type is {peft_type!r}, no method of PEFT; {_did_you_mean(peft_type, known)}")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+
+
+def _check_keys(section: str, given: dict, allowed: set[str]) -> None:
+    """Raise a `ValueError` that names the nearest allowed keys when `given` holds another one."""
+    prefix = f"{section}." if section else ""
+    if not isinstance(given, dict):
+        raise ValueError(f"{section} must hold `key: value` lines, got {given!r}.")
+    for key in given:
+        if key not in allowed:
+            raise ValueError(f"Unknown key {prefix}{key}; {_did_you_mean(key, allowed, prefix)}")
+
+
+def _did_you_mean(given, allowed: set[str], prefix: str = "") -> str:
+    nearest = get_close_matches(str(given), sorted(allowed), n=3, cutoff=0.4)
+    names = ", ".join(prefix + name for name in nearest or sorted(allowed))
+    return f"did you mean {names}?" if nearest else f"allowed are {names}."
+
+
+def _field_names(config_class: type) -> set[str]:
+    return {item.name for item in fields(config_class) if item.init}
+
+
+def _require_positive(name: str, value, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer{' or null' if optional else ''}, got {value!r}.")

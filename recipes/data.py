@@ -1,0 +1,160 @@
+"""Question / answer data: reading it with clear errors, and turning it into tokens with labels on the answer.
+
+The text is that of lm-evaluation-harness' `gsm8k` task, so a model is trained on the very prompt it is scored with.
+"""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets.data_files import EmptyDatasetError
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+COLUMNS = ("question", "answer")
+IGNORED_LABEL = -100
+
+
+def load_problems(dataset: str, config_name: str | None = None) -> DatasetDict:
+    """Load the splits of a dataset of problems, from the Hub or from a folder, by `datasets.load_dataset`.
+
+    JSON files on this machine are read once beforehand: the errors of `datasets` name neither their line nor their
+    column.
+
+    Raises:
+        ValueError: the folder, its files, a line, a column or the `train` split is missing or broken.
+    """
+    config_name = _choose_config(dataset, config_name)
+    for files in load_dataset_builder(dataset, config_name).config.data_files.values():
+        for path in files:
+            if Path(path).suffix in (".json", ".jsonl") and Path(path).is_file():
+                read_problems(path)
+    splits = load_dataset(dataset, config_name)
+    if "train" not in splits:
+        raise ValueError(f"{dataset} has the splits {', '.join(splits)}, but training needs one called train.")
+    for name, split in splits.items():
+        _check_columns(f"{dataset}, split {name}", split.column_names)
+    return splits
+
+
+def read_problems(path: str) -> list[dict]:
+    """Read one JSON Lines file of problems, or one JSON array of them.
+
+    Raises:
+        ValueError: the file is missing, empty or broken; the message names its path and line.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"No data file at {path}; give one JSON object a line with {' and '.join(COLUMNS)}.")
+    text = Path(path).read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError(f"{path} is empty; give one JSON object a line with {' and '.join(COLUMNS)}.")
+    if text.lstrip().startswith("["):
+        rows = [(f"{path}, item {number}", row) for number, row in enumerate(_parse_json(text, path, 1), start=1)]
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [(f"{path}, line {number}", _parse_json(line, path, number)) for number, line in lines if line.strip()]
+    for place, row in rows:
+        _check_row(place, row)
+    return [row for _, row in rows]
+
+
+def format_prompt(question: str) -> str:
+    """Write a question as lm-evaluation-harness' `gsm8k` task does."""
+    return f"Question: {question}\nAnswer:"
+
+
+def tokenize(problems: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Turn problems into `input_ids`, `attention_mask` and `labels`, with labels on the answer and the final eos only.
+
+    Prompt and answer are tokenized as one text: a tokenizer that puts a space before every text would put one more
+    before an answer tokenized alone.
+    """
+
+    def encode(problem: dict) -> dict:
+        prompt = format_prompt(problem["question"])
+        num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
+        input_ids = tokenizer(f"{prompt} {problem['answer']}")["input_ids"]
+        if input_ids[-1] != tokenizer.eos_token_id:
+            input_ids = [*input_ids, tokenizer.eos_token_id]
+        labels = [IGNORED_LABEL] * num_prompt_tokens + input_ids[num_prompt_tokens:]
+        return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+
+    return problems.map(encode, remove_columns=problems.column_names, desc="Tokenizing")
+
+
+def training_set(tokens: Dataset, max_length: int, max_samples: int | None = None) -> tuple[Dataset, int]:
+    """Drop the sequences over `max_length` and keep the first `max_samples` of the others.
+
+    Returns:
+        `tuple[Dataset, int]`: the sequences to train on, and how many were too long.
+
+    Raises:
+        ValueError: none is left.
+    """
+    lengths = [len(input_ids) for input_ids in tokens["input_ids"]]
+    fitting = [index for index, length in enumerate(lengths) if length <= max_length]
+    if not fitting:
+        shortest = min(lengths, default=0)
+        raise ValueError(
+            f"None of the {len(lengths)} training sequences fits in max_length={max_length}; the shortest has "
+            f"{shortest} tokens. Raise max_length if the model's context allows it."
+        )
+    return tokens.select(fitting[:max_samples]), len(lengths) - len(fitting)
+
+
+def heldout_set(tokens: Dataset, max_length: int) -> tuple[Dataset, int]:
+    """Cut every sequence at `max_length`, so that each held-out problem counts with the tokens that fit.
+
+    Returns:
+        `tuple[Dataset, int]`: the sequences, and how many were cut.
+    """
+    num_cut = sum(len(input_ids) > max_length for input_ids in tokens["input_ids"])
+    return tokens.map(lambda row: {name: values[:max_length] for name, values in row.items()}, desc="Cutting"), num_cut
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pad a batch to its longest sequence, labels with -100."""
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
+
+
+def _choose_config(dataset: str, wanted: str | None) -> str:
+    """Find the wanted configuration of a dataset; when none is given its `main`, its `default` or its only one."""
+    looks_local = dataset.startswith((".", "/", "~")) or Path(dataset).exists()
+    if looks_local and not Path(dataset).is_dir():
+        raise ValueError(f"No dataset folder at {dataset}; give one with train.jsonl and test.jsonl, or a Hub id.")
+    try:
+        names = get_dataset_config_names(dataset)
+    except EmptyDatasetError as error:
+        raise ValueError(f"{dataset} holds no data files; put train.jsonl and test.jsonl there.") from error
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"{dataset} has no configuration {wanted}; it has {', '.join(names)}.")
+    for name in (wanted, "main", "default"):
+        if name in names:
+            return name
+    if len(names) == 1:
+        return names[0]
+    raise ValueError(f"{dataset} has the configurations {', '.join(names)}; set dataset_config to one of them.")
+
+
+def _parse_json(text: str, path: str, first_line: int):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"{path}, line {line} is not valid JSON: {error.msg} at column {error.colno}.") from error
+
+
+def _check_row(place: str, row) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is not a JSON object, got {row!r:.60}.")
+    _check_columns(place, row)
+    for name in COLUMNS:
+        if not isinstance(row[name], str):
+            raise ValueError(f"{place}: {name} must be text, got {row[name]!r:.60}.")
+
+
+def _check_columns(place: str, names) -> None:
+    if missing := [name for name in COLUMNS if name not in names]:
+        raise ValueError(
+            f"{place} has the columns {', '.join(names)} and lacks {', '.join(missing)}; "
+            f"rename its columns to {' and '.join(COLUMNS)}."
+        )

@@ -1,0 +1,248 @@
+"""Fine-tune a causal language model on question / answer data, with DIPNet or without, and score it.
+
+    accelerate launch recipes/finetune.py recipes/configs/stories260k-gsm8k.yaml --set training.learning_rate=1e-4
+    accelerate launch recipes/finetune.py recipes/configs/stories260k-gsm8k.yaml --dry-run
+
+Plain `python` works too. The output folder receives the model or adapter, the tokenizer, `config.yaml`, the held-out
+problems in `data/test.jsonl` and `results.json`. `dip: null` in the configuration is plain fine-tuning of the same
+weights on the same data in the same order. A run that was interrupted resumes from its last checkpoint when started
+again with the same configuration.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dipnet_hf import DipTrainer, get_dip_model
+from dipnet_hf.report import format_summary, provenance
+from eval.scoring import score
+from recipes.config import FinetuneConfig, dump_config, load_config
+from recipes.data import heldout_set, load_problems, make_collator, tokenize, training_set
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one configuration from the command line's arguments to `results.json`."""
+    args = parse_arguments(arguments)
+    config = load_config(args.config, args.set)
+    output_dir = Path(config.training["output_dir"])
+    check_output_dir(output_dir, config)
+    training_args = config.training_arguments()
+
+    tokenizer = load_tokenizer(config)
+    with training_args.main_process_first():
+        problems, train_set, eval_set, counts = prepare_data(config, tokenizer)
+
+    set_seed(training_args.seed)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model, dtype=model_dtype(config), trust_remote_code=config.trust_remote_code
+    )
+    model = wrap_model(model, config)
+
+    trainer_class = Trainer if config.dip is None else DipTrainer
+    trainer = trainer_class(
+        model,
+        training_args,
+        data_collator=make_collator(tokenizer),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        preprocess_logits_for_metrics=sum_nll,
+        compute_metrics=mean_nll,
+    )
+    check_scoring(trainer, config, eval_set)
+    if args.dry_run:
+        describe(trainer, config, counts)
+        return
+
+    if trainer.is_world_process_zero():
+        write_inputs(output_dir, config, problems)
+    trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
+    evaluated = evaluate(trainer)
+    trainer.save_model(output_dir)
+    if not trainer.is_world_process_zero():
+        return
+
+    scores = score_model(model, tokenizer, config) if config.evaluation.tasks else {}
+    results = {
+        "metrics": {**counts, "num_steps": trained.global_step, **trained.metrics, **evaluated},
+        "scores": scores,
+        "log_history": trainer.state.log_history,
+        "provenance": provenance(__file__, asdict(config), seed=training_args.seed),
+        "noise": None if config.dip is None else noise_table(model, output_dir),
+    }
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(format_summary(results))
+    print(f"Model, tokenizer, config.yaml and results.json are in {output_dir}")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file, see recipes/configs/")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys of the configuration"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    return parser.parse_args(arguments)
+
+
+def check_output_dir(output_dir: Path, config: FinetuneConfig) -> None:
+    """Refuse a folder with a finished run, or with an interrupted run of another configuration."""
+    advice = "Delete or move that folder, or choose another with --set training.output_dir=FOLDER."
+    if (output_dir / "results.json").exists():
+        raise ValueError(f"{output_dir} already holds a finished run (results.json). {advice}")
+    started = output_dir / "config.yaml"
+    if started.exists() and started.read_text(encoding="utf-8") != dump_config(config):
+        raise ValueError(f"{output_dir} holds an interrupted run of another configuration ({started}). {advice}")
+
+
+def load_tokenizer(config: FinetuneConfig):
+    """Load the tokenizer; one without a pad token pads with eos."""
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise ValueError(f"No model folder at {config.model}; give one with a model and its tokenizer, or a Hub id.")
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {config.model} has no eos token, and an answer must end in one.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prepare_data(config: FinetuneConfig, tokenizer):
+    """Load and tokenize the problems.
+
+    Returns:
+        `tuple`: the problems as loaded, the tokenized training set, the tokenized held-out set (None without a `test`
+        split), and the numbers of sequences in and left out.
+    """
+    problems = load_problems(config.dataset, config.dataset_config)
+    train_set, num_dropped = training_set(
+        tokenize(problems["train"], tokenizer), config.max_length, config.max_train_samples
+    )
+    counts = {"num_train_sequences": len(train_set), "num_dropped_train_sequences": num_dropped}
+    if "test" not in problems:
+        return problems, train_set, None, counts
+    if config.max_eval_samples is not None:
+        num_heldout = min(config.max_eval_samples, len(problems["test"]))
+        problems["test"] = problems["test"].select(range(num_heldout))
+    eval_set, num_cut = heldout_set(tokenize(problems["test"], tokenizer), config.max_length)
+    counts |= {"num_eval_problems": len(eval_set), "num_cut_eval_problems": num_cut}
+    return problems, train_set, eval_set, counts
+
+
+def model_dtype(config: FinetuneConfig) -> torch.dtype | str:
+    """Keep trained weights in float32, where small updates survive; an adapter's base stays as it was saved."""
+    return torch.float32 if config.weights == "full" else "auto"
+
+
+def wrap_model(model, config: FinetuneConfig):
+    """Make the configured weights, and with `dip` the projections, trainable; `DipTrainer` calibrates them."""
+    if config.dip is not None:
+        return get_dip_model(model, config.dip_config())
+    return model if config.weights == "full" else get_peft_model(model, config.peft_config())
+
+
+def sum_nll(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    """Sum the negative log-likelihood over each sequence's supervised tokens, and count them.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 2)`: sum and count. A row at a time, as float32 logits of a batch are large.
+    """
+    sums_B = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(logits_LV[:-1].float(), labels_L[1:], reduction="sum")
+            for logits_LV, labels_L in zip(logits_BLV, labels_BL, strict=True)
+        ]
+    )
+    return torch.stack([sums_B, (labels_BL[:, 1:] != -100).sum(1).float()], dim=1)
+
+
+def mean_nll(prediction) -> dict[str, float]:
+    """Average over all supervised tokens of the held-out set; `eval_loss` is a mean of batch means instead."""
+    total, num_tokens = prediction.predictions.astype("float64").sum(0)
+    return {"nll": total / num_tokens, "num_tokens": int(num_tokens)}
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """Measure the held-out NLL with the noise off; without a held-out set there is nothing to measure."""
+    if trainer.eval_dataset is None:
+        return {}
+    metrics = trainer.evaluate()
+    return {name: metrics[name] for name in ("eval_nll", "eval_num_tokens")}
+
+
+def check_scoring(trainer: Trainer, config: FinetuneConfig, eval_set) -> None:
+    """Refuse a scoring that could not run after the training."""
+    if not config.evaluation.tasks:
+        return
+    if eval_set is None:
+        raise ValueError(f"{config.dataset} has no test split to score on; set evaluation.tasks=[].")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError("A sharded model cannot generate; set evaluation.tasks=[] and score it with eval/run.py.")
+
+
+def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:
+    """Print what a run would do: configuration, sites, parameters, data and steps."""
+    if not trainer.is_world_process_zero():
+        return
+    print(dump_config(config))
+    if config.dip is not None:
+        for row in trainer.model.noise_summary():
+            print("site {name}, relative std {mean:.4g}".format(**row))
+    num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    print(f"{num_trainable:,} trainable of {trainer.model.num_parameters():,} parameters, {num_steps:,} steps")
+    print(", ".join(f"{name} {value:,}" for name, value in counts.items()))
+
+
+def write_inputs(output_dir: Path, config: FinetuneConfig, problems: DatasetDict) -> None:
+    """Write the resolved configuration and the held-out problems that scoring reads."""
+    (output_dir / "data").mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    if "test" in problems:
+        problems["test"].to_json(output_dir / "data" / "test.jsonl")
+
+
+def score_model(model, tokenizer, config: FinetuneConfig) -> dict:
+    """Score the noise-off model on the held-out problems, by generation."""
+    heldout = str(Path(config.training["output_dir"]) / "data" / "test.jsonl")
+    evaluation = config.evaluation
+    return score(
+        model.eval(),
+        tokenizer,
+        dict.fromkeys(evaluation.tasks, heldout),
+        limit=evaluation.limit,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
+
+
+def noise_table(model: PeftModel, output_dir: Path) -> list[dict]:
+    """Read each site's learned standard deviations, channel by channel, from the saved adapter.
+
+    Returns:
+        `list[dict]`: the rows of `noise_summary`, each with `relative_std`, the list of `exp(logvar / 2)`; times the
+        row's `scale` it is the standard deviation in the units of the site's input.
+    """
+    saved = load_file(output_dir / "adapter_model.safetensors")
+    rows = []
+    for row in model.noise_summary():
+        (logvar_D,) = (saved[key] for key in saved if key.endswith(f"{row['name']}.dip_projection.dip_logvar"))
+        rows.append({**row, "relative_std": (logvar_D / 2).exp().tolist()})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Grade-school word problems in GSM8K's own format, written by a seeded generator: the demo's reasoning task.
+
+A problem is an opening, some changes to a running quantity `x`, and a closing question. Standard library only; files and tokens live elsewhere.
+"""
+
+import operator
+import random
+import zlib
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+
+class Template(NamedTuple):
+    """Some sentences of a problem, and the calculations they ask for.
+
+    `steps` holds pairs (calculation, line of the answer). A calculation joins two letters by one operation: `x` the running quantity,
+    `n` and `m` this template's own numbers, `y` the result of its first step. The last result becomes the next `x`.
+    """
+
+    text: str
+    steps: tuple[tuple[str, str], ...] = ()
+
+
+class Filling(NamedTuple):
+    """A template with its numbers: its calculations as an answer writes them, and the running quantity they leave."""
+
+    template: Template
+    n: int
+    m: int
+    equations: tuple[str, ...]
+    x: int
+
+
+OPENINGS = (
+    Template("{name} has {n} {things}."),
+    Template("There are {n} {things} in the room of {name}."),
+    Template("On Monday {name} has {n} {things}."),
+    Template("{name} has {n} {things} and finds {m} more.", (("n+m", "{name} finds {m}, so {eq} {things}."),)),
+    Template("{name} has {n} {things} and loses {m} of them.", (("n-m", "{name} loses {m}, so {eq} {things}."),)),
+    Template("{name} has {n} boxes with {m} {things} each.", (("n*m", "Boxes with {m}, so {eq} {things}."),)),
+    Template("{name} shares {n} {things} into {m} equal parts and keeps one.", (("n/m", "Into {m} equal parts, so {eq} {things}."),)),
+)
+
+
+def _changes(operation, result, *texts):
+    """Make templates that tell of one calculation in several ways; an answer's line repeats what happened before it calculates."""
+    return tuple(Template(text, ((f"x{operation}n", f"{result}, so {{eq}} {{things}}."),)) for text in texts)
+
+
+CHANGES = {
+    "+": (
+        *_changes("+", "{name} buys {n}", "{name} buys {n} more {things}.", "Then {name} buys {n} {things}."),
+        *_changes("+", "{name} finds {n}", "{name} finds {n} {things} in a box.", "Then {name} finds {n} more."),
+    ),
+    "-": (
+        *_changes("-", "{name} gives {n}", "{name} gives {n} {things} to {friend}.", "Then {name} gives {n} of them to {friend}."),
+        *_changes("-", "{name} loses {n}", "{name} loses {n} of them.", "Then {name} loses {n} {things}."),
+    ),
+    "*": (
+        *_changes("*", "{name} trades each for {n}", "{name} trades each for {n} {things}.", "Then {name} trades each for {n} new {things}."),
+        *_changes("*", "{n} times as many", "A week later {name} has {n} times as many.", "Then there are {n} times as many."),
+    ),
+    "/": (
+        *_changes("/", "Into {n} equal parts", "{name} shares them into {n} equal parts and keeps one.", "Then {name} shares the {things} into {n} equal parts and keeps one."),
+        *_changes("/", "One of every {n}", "{name} keeps one of every {n} {things}.", "Then {name} keeps one of every {n}."),
+    ),
+}
+
+UNSEEN_CHANGES = {
+    "+": (
+        *_changes("+", "{name} buys {n}", "On Monday {name} buys new {things}, {n} of them."),
+        *_changes("+", "{name} finds {n}", "There are more {things} in the room: {name} finds {n}."),
+    ),
+    "-": (
+        *_changes("-", "{name} gives {n}", "{friend} has no {things}, so {name} gives {n} to {friend}."),
+        *_changes("-", "{name} loses {n}", "In a week {name} loses {n}."),
+    ),
+    "*": (
+        *_changes("*", "{name} trades each for {n}", "{name} has a box and trades each for {n} more {things}."),
+        *_changes("*", "{n} times as many", "On Monday the {things} are {n} times as many."),
+    ),
+    "/": (
+        *_changes("/", "Into {n} equal parts", "{name} and {friend} share them into {n} equal parts, and {name} keeps one."),
+        *_changes("/", "One of every {n}", "A week later {name} has one of every {n} {things}."),
+    ),
+}
+
+TOGETHER = ("x+y", "Together {eq} {things}.")
+
+CLOSINGS = (
+    Template("How many {things} does {name} have now?"),
+    Template("How many {things} are there now?"),
+    Template("{name} sells each for {n} dollars. How many dollars does {name} get?", (("x*n", "{name} sells each for {n}, so {eq} dollars."),)),
+    Template("{name} puts {n} in each box. How many boxes are there?", (("x/n", "{name} puts {n}, so {eq} boxes."),)),
+    Template("{friend} has {n} more {things}. How many does {friend} have?", (("x+n", "{friend} has {n} more, so {eq} {things}."),)),
+    Template("{friend} has {n} fewer {things}. How many does {friend} have?", (("x-n", "{friend} has {n} fewer, so {eq} {things}."),)),
+    Template("{friend} has {n} more {things}. How many do they have together?", (("x+n", "{friend} has {n} more, so {eq} {things}."), TOGETHER)),
+)
+
+NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Mia", "Sam", "Zoe", "Leo", "Ida", "Jim", "Kim")
+THINGS = ("apples", "pens", "books", "cards", "coins", "stamps", "cups", "shells", "balls", "eggs", "toys", "hats")
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+# The second number of a calculation: an opening's `m`, any other template's `n`.
+OPERANDS = {"+": range(2, 10), "-": range(2, 10), "*": range(2, 5), "/": range(2, 5)}
+NUM_BUCKETS = 8
+
+
+class Regime(NamedTuple):
+    """What a split's problems may be; `buckets` are the values of `_bucket` the split keeps."""
+
+    num_steps: tuple[int, ...]
+    opening_numbers: range = range(2, 41)
+    largest_result: int = 99
+    changes: dict[str, tuple[Template, ...]] = CHANGES
+    min_changes: int = 0
+    buckets: range = range(NUM_BUCKETS)
+
+
+REGIMES = {
+    "pretrain": Regime(num_steps=(1,)),
+    "train": Regime(num_steps=(2, 3), buckets=range(1, NUM_BUCKETS)),
+    "test": Regime(num_steps=(2, 3), buckets=range(1)),
+    "test_more_steps": Regime(num_steps=(4, 5)),
+    "test_larger_numbers": Regime(num_steps=(2, 3), opening_numbers=range(41, 100), largest_result=199),
+    "test_unseen_templates": Regime(num_steps=(2, 3), changes=UNSEEN_CHANGES, min_changes=1),
+}
+
+
+def generate_splits(seed, sizes):
+    """Write the splits named in `sizes`; the same seed gives the same problems, and a larger size only appends to them.
+
+    No two splits can share a problem, whatever the seed: `pretrain` (1 step), `test_more_steps` (4 or 5) and the others (2 or 3) differ in
+    their number of steps; `test_larger_numbers` opens with a larger number than any other split; every problem of `test_unseen_templates` has
+    a sentence that no other split uses; `train` and `test` share out the rest by a hash of a problem's sentences and numbers. Names and
+    things are not hashed, so no test problem is a training problem told of somebody else.
+
+    Args:
+        seed (`int`): what the problems are a function of.
+        sizes (`dict[str, int]`): how many problems of which split, for example `{"train": 2000, "test": 200}`.
+
+    Returns:
+        `dict[str, list[dict]]`: the problems of each split, `{"question": ..., "answer": ...}`, no question twice.
+
+    Raises:
+        ValueError: an unknown split, or a negative size.
+    """
+    for split, size in sizes.items():
+        if split not in REGIMES:
+            raise ValueError(f"Unknown split {split!r} in `sizes`; use {', '.join(REGIMES)}.")
+        if size < 0:
+            raise ValueError(f"The size of split {split!r} must be 0 or more, got {size}; leave the split out to do without it.")
+    return {split: _generate(random.Random(f"{seed}/{split}"), REGIMES[split], size) for split, size in sizes.items()}
+
+
+def _generate(rng, regime, size):
+    problems = {}
+    while len(problems) < size:
+        fillings = _draw(rng, regime)
+        if fillings is not None and _bucket(fillings) in regime.buckets:
+            problem = _write(rng, fillings)
+            problems.setdefault(problem["question"], problem)
+    return list(problems.values())
+
+
+def _draw(rng, regime):
+    """Draw a problem's filled templates in order; None where the draw led nowhere (nothing left to divide, say)."""
+    opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
+    num_changes = rng.choice(regime.num_steps) - len(opening.steps) - len(closing.steps)
+    if num_changes < regime.min_changes:
+        return None
+    changes = [rng.choice(regime.changes[rng.choice("+-*/")]) for _ in range(num_changes)]
+    fillings, x = [], None
+    for template in (opening, *changes, closing):
+        choices = _fillings(template, x, regime.opening_numbers, regime.largest_result)
+        if not choices:
+            return None
+        fillings.append(rng.choice(choices))
+        x = fillings[-1].x
+    return fillings
+
+
+@lru_cache(maxsize=None)
+def _fillings(template, x, opening_numbers, largest_result):
+    """List the ways to fill a template whose results are all whole and in 1..`largest_result`; `x` is None for an opening."""
+    operands = OPERANDS[template.steps[0][0][1]] if template.steps else range(1)
+    pairs = product(opening_numbers, operands) if x is None else product(operands, range(1))
+    fillings = (_fill(template, x, n, m, largest_result) for n, m in pairs)
+    return [filling for filling in fillings if filling is not None]
+
+
+def _fill(template, x, n, m, largest_result):
+    numbers = {"x": x, "n": n, "m": m}
+    result = n if x is None else x
+    equations = []
+    for (left, operation, right), _ in template.steps:
+        a, b = numbers[left], numbers[right]
+        result = OPERATIONS[operation](a, b)
+        if not 1 <= result <= largest_result or (operation == "/" and a % b):
+            return None
+        equations.append(f"{a}{operation}{b}=<<{a}{operation}{b}={result}>>{result}")
+        numbers["y"] = result
+    return Filling(template, n, m, tuple(equations), result)
+
+
+def _bucket(fillings):
+    """Hash a problem's sentences and numbers into `NUM_BUCKETS`; Python's own `hash` of a string differs from process to process."""
+    return zlib.crc32(repr([(filling.template.text, filling.n, filling.m) for filling in fillings]).encode()) % NUM_BUCKETS
+
+
+def _write(rng, fillings):
+    name, friend = rng.sample(NAMES, 2)
+    words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
+    question = " ".join(filling.template.text.format(n=filling.n, m=filling.m, **words) for filling in fillings)
+    lines = [
+        line.format(n=filling.n, m=filling.m, eq=equation, **words)
+        for filling in fillings
+        for (_, line), equation in zip(filling.template.steps, filling.equations, strict=True)
+    ]
+    return {"question": question, "answer": "\n".join([*lines, f"#### {fillings[-1].x}"])}

@@ -1,0 +1,31 @@
+"""What all tests share: a tiny Llama with a batch, and the way to the shared data. Other models: `tiny_models`."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tests import tiny_models
+
+
+@pytest.fixture
+def tiny_llama():
+    """A Llama of three layers in eval mode, always of the same weights."""
+    return tiny_models.build("llama")
+
+
+@pytest.fixture
+def batch():
+    """Four rows of ten tokens for `tiny_llama`: `input_ids`, `attention_mask` with padding, `labels` with -100."""
+    return tiny_models.make_batch("llama")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of shared data and models; skips the test where it is absent."""
+    folder = Path(os.environ.get("DIPNET_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set DIPNET_SHARED")
+    return folder

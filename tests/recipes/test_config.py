@@ -1,0 +1,134 @@
+"""The recipe's configuration: files and overrides as they are read, and every mistake named before any work."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import LoraConfig
+
+from dipnet_hf import DipConfig
+from recipes.config import dump_config, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
+
+MINIMAL = {
+    "model": "m",
+    "dataset": "d",
+    "weights": {"peft_type": "LORA", "r": 2},
+    "dip": {"init_noise_std": 0.1},
+    "training": {"output_dir": "runs/x"},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Return a function that writes a configuration and loads it with overrides."""
+
+    def write_and_load(*overrides, **changes):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+        return load_config(str(path), list(overrides))
+
+    return write_and_load
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_repository_configs_load_and_open_with_their_launch_command(path):
+    config = load_config(str(path))
+    assert path.read_text().startswith(f"# accelerate launch recipes/finetune.py recipes/configs/{path.name}\n")
+    assert config.training["output_dir"] == f"runs/{path.stem}"
+    config.training_arguments()
+
+
+@pytest.mark.parametrize("name", ["stories260k-gsm8k", "stories260k-gsm8k-300"])
+def test_plain_twin_differs_in_dip_and_folder_alone(name):
+    folder = CONFIGS[0].parent
+    dip, plain = (load_config(str(folder / f"{name}{end}.yaml")) for end in ("", "-plain"))
+    assert dip.dip is not None
+    dip.dip, dip.training["output_dir"] = None, plain.training["output_dir"]
+    assert dip == plain
+
+
+def test_sections_become_the_libraries_own_configs(load):
+    config = load()
+    assert isinstance(config.peft_config(), LoraConfig) and config.peft_config().r == 2
+    assert isinstance(config.dip_config(), DipConfig) and config.dip_config().init_noise_std == 0.1
+    assert config.training_arguments().output_dir == "runs/x"
+    assert load(dip=None).dip_config() is None
+    assert load(weights="full").peft_config() == "full"
+
+
+@pytest.mark.parametrize(
+    "override, section, key, value",
+    [
+        ("training.learning_rate=1e-4", "training", "learning_rate", 1e-4),
+        ("dip.init_noise_std=.5E-1", "dip", "init_noise_std", 0.05),
+        ("dip.layers_to_transform=[0, 1]", "dip", "layers_to_transform", [0, 1]),
+        ("weights.r=8", "weights", "r", 8),
+        ("weights.target_modules=all-linear", "weights", "target_modules", "all-linear"),
+        ("training.lr_scheduler_kwargs.num_cycles=2", "training", "lr_scheduler_kwargs", {"num_cycles": 2}),
+    ],
+)
+def test_overrides_reach_every_section(load, override, section, key, value):
+    found = getattr(load(override), section)[key]
+    assert found == value and type(found) is type(value)
+
+
+def test_an_unquoted_no_is_a_strategy(load):
+    assert load("training.save_strategy=no").training_arguments().save_strategy == "no"
+
+
+def test_overrides_reach_the_top_and_the_evaluation(load):
+    config = load("max_length=64", "evaluation.limit=3", "dip=null", "evaluation.tasks=[]")
+    assert (config.max_length, config.evaluation.limit, config.dip, config.evaluation.tasks) == (64, 3, None, [])
+
+
+def test_an_override_makes_a_section_that_is_null(load):
+    assert load("dip.init_noise_std=0.2", dip=None).dip == {"init_noise_std": 0.2}
+
+
+def test_a_file_without_sign_or_point_in_its_exponents_holds_numbers(load, tmp_path):
+    path = tmp_path / "numbers.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL).replace("output_dir: runs/x", "{output_dir: runs/x, learning_rate: 3e-3}"))
+    assert load_config(str(path)).training["learning_rate"] == 3e-3
+
+
+def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
+    config = load("training.learning_rate=1e-5")
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    "overrides, changes, message",
+    [
+        ([], {"modle": "m"}, "Unknown key modle; did you mean model"),
+        (["training.learning_rat=1"], {}, "Unknown key training.learning_rat; did you mean training.learning_rate"),
+        (["dip.init_std=1"], {}, "Unknown key dip.init_std; did you mean dip.init_noise_std"),
+        (["dip.weights=full"], {}, "Unknown key dip.weights"),
+        (["weights.rank=1"], {}, "Unknown key weights.rank; did you mean weights."),
+        (["evaluation.task=[]"], {}, "Unknown key evaluation.task; did you mean evaluation.tasks"),
+        (["training.learning_rate"], {}, "--set takes key=value, got 'training.learning_rate'"),
+        (["training.output_dir=[a"], {}, "not valid YAML"),
+        (["weights.r=1"], {"weights": "full"}, "weights is 'full' and has no keys"),
+        ([], {"weights": {"peft_type": "LORRA"}}, "weights.peft_type is 'LORRA', no method .*; did you mean .*LORA"),
+        ([], {"weights": "everything"}, "weights must be full, frozen or"),
+        ([], {"weights": "frozen", "dip": None}, "trains nothing"),
+        ([], {"training": {"seed": 1}}, "training.output_dir is not set"),
+        ([], {"model": None}, "lacks model"),
+        ([], {"training": "fast"}, "training must hold"),
+        (["dip.init_noise_std=much"], {}, "init_noise_std must be .*, got 'much'"),
+        (["max_length=0"], {}, "max_length must be a positive integer, got 0"),
+        (["evaluation.limit=0.5"], {}, "evaluation.limit must be a positive integer or null, got 0.5"),
+        (["evaluation.tasks=gsm8k_local"], {}, "evaluation.tasks must be a list"),
+    ],
+)
+def test_mistakes_are_named(load, overrides, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(*overrides, **changes)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="No configuration file at .*nothing.yaml"):
+        load_config(str(tmp_path / "nothing.yaml"))

@@ -1,0 +1,120 @@
+"""The recipe's data: files with their errors, and tokens with labels on the answer alone."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from recipes.data import heldout_set, load_problems, make_collator, read_problems, tokenize, training_set
+
+SHARED = Path(os.environ.get("DIPNET_SHARED", Path(__file__).parents[3] / "shared"))
+PROBLEM = {"question": "1 + 1?", "answer": "#### 2"}
+LINE = json.dumps(PROBLEM)
+
+
+def test_a_folder_gives_its_splits(problems_folder):
+    problems = load_problems(str(problems_folder))
+    assert {name: len(split) for name, split in problems.items()} == {"train": 12, "test": 5}
+    assert problems["train"][0] == {"question": "0 + 0?", "answer": "#### 0"}
+
+
+def test_lines_and_arrays_read_alike(tmp_path):
+    lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text(f"{LINE}\n\n{LINE}")
+    array.write_text(json.dumps([PROBLEM, PROBLEM], indent=1))
+    assert read_problems(str(lines)) == read_problems(str(array)) == [PROBLEM, PROBLEM]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "train.jsonl is empty"),
+        (f"{LINE}\n{LINE[:-3]}\n", "train.jsonl, line 2 is not valid JSON: .* at column"),
+        (f"{LINE}\n\n3\n", "train.jsonl, line 3 is not a JSON object, got 3"),
+        ('{"question": "a", "solution": "b"}', "line 1 has the columns question, solution and lacks answer"),
+        ('{"question": "a", "answer": 2}', "line 1: answer must be text, got 2"),
+        ('[{"question": "a",\n "answer": }]', "train.jsonl, line 2 is not valid JSON"),
+    ],
+)
+def test_broken_files_are_named_with_their_line(problems_folder, text, message):
+    (problems_folder / "train.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_problems(str(problems_folder))
+
+
+def test_missing_data_is_named(problems_folder, tmp_path):
+    with pytest.raises(ValueError, match="No data file at .*nothing.jsonl"):
+        read_problems(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(ValueError, match="No dataset folder at .*nowhere"):
+        load_problems(str(tmp_path / "nowhere"))
+    (problems_folder / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match="has the splits test, but training needs one called train"):
+        load_problems(str(problems_folder))
+    (problems_folder / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match="holds no data files"):
+        load_problems(str(problems_folder))
+
+
+def write_card(folder, *config_names):
+    """Declare configurations as the Hub's dataset cards do."""
+    lines = [f"- config_name: {name}\n  data_files: [{{split: train, path: train.jsonl}}]\n" for name in config_names]
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
+
+
+def test_the_configuration_is_chosen_or_asked_for(problems_folder):
+    write_card(problems_folder, "socratic", "main")
+    assert list(load_problems(str(problems_folder))) == ["train"]
+    write_card(problems_folder, "socratic", "algebraic")
+    with pytest.raises(ValueError, match="configurations socratic, algebraic; set dataset_config"):
+        load_problems(str(problems_folder))
+    assert len(load_problems(str(problems_folder), "socratic")["train"]) == 12
+    with pytest.raises(ValueError, match="no configuration platonic; it has socratic, algebraic"):
+        load_problems(str(problems_folder), "platonic")
+
+
+def test_labels_cover_the_answer_and_eos_alone(tokenizer):
+    tokens = tokenize(Dataset.from_list([PROBLEM]), tokenizer)[0]
+    supervised = [label for label in tokens["labels"] if label != -100]
+    assert tokenizer.decode(tokens["input_ids"]) == "Question: 1 + 1?\nAnswer: #### 2</s>"
+    assert tokenizer.decode(supervised) == " #### 2</s>"
+    assert tokens["labels"][-len(supervised) :] == tokens["input_ids"][-len(supervised) :]
+
+
+def test_training_drops_what_is_too_long_and_heldout_cuts_it(tokenizer):
+    long = {**PROBLEM, "answer": PROBLEM["answer"] + " and so on"}
+    tokens = tokenize(Dataset.from_list([long, PROBLEM, PROBLEM, PROBLEM]), tokenizer)
+    max_length = len(tokens[1]["input_ids"])
+    kept, num_dropped = training_set(tokens, max_length, max_samples=2)
+    assert (kept[:], num_dropped) == (tokens.select([1, 2])[:], 1)
+    cut, num_cut = heldout_set(tokens, max_length)
+    assert num_cut == 1 and [len(row["labels"]) for row in cut] == [max_length] * 4
+    assert cut[0]["input_ids"] == tokens[0]["input_ids"][:max_length]
+    with pytest.raises(ValueError, match="None of the 4 training sequences fits in max_length=3; the shortest has"):
+        training_set(tokens, 3)
+
+
+def test_collator_pads_labels_with_the_ignored_index(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    long = {**PROBLEM, "answer": PROBLEM["answer"] + "!!"}
+    tokens = tokenize(Dataset.from_list([PROBLEM, long]), tokenizer)
+    batch = make_collator(tokenizer)(list(tokens))
+    assert batch["labels"][0, -2:].tolist() == [-100, -100] and batch["attention_mask"][0, -2:].tolist() == [0, 0]
+    assert batch["labels"][0, -3] == tokenizer.eos_token_id, "eos is learned though it also pads"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared files at {SHARED}; set DIPNET_SHARED")
+def test_gsm8k_prompt_is_the_prefix_of_its_training_sequence():
+    """The tokenizer puts a space before every text, which must not double that before the answer."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
+    problems = load_problems(str(SHARED / "data" / "gsm8k"))["test"].select(range(50))
+    for problem, tokens in zip(problems, tokenize(problems, tokenizer), strict=True):
+        prompt_ids = tokenizer(f"Question: {problem['question']}\nAnswer:")["input_ids"]
+        num_ignored = tokens["labels"].count(-100)
+        assert tokens["input_ids"][:num_ignored] == prompt_ids
+        answer = tokenizer.decode(tokens["input_ids"])[len(tokenizer.decode(prompt_ids)) :]
+        assert answer == f" {problem['answer']}</s>"

@@ -1,0 +1,192 @@
+"""The fine-tuning recipe from its command line to `results.json`, on a tiny model: DIP and plain, resumed, refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, Trainer
+
+from recipes import finetune
+from recipes.data import format_prompt
+
+ROOT = Path(__file__).parents[2]
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+
+
+@pytest.fixture
+def run(model_folder, problems_folder, tmp_path):
+    """Return a function that runs the recipe on the tiny model and returns its output folder."""
+
+    def run_recipe(*arguments, name="run", dip=None, weights=LORA, **training):
+        config = {
+            "model": str(model_folder),
+            "dataset": str(problems_folder),
+            "max_length": 64,
+            "weights": weights,
+            "dip": dip,
+            "training": {
+                "output_dir": str(tmp_path / name),
+                "max_steps": 4,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 1e-2,
+                "seed": 0,
+                "use_cpu": True,
+                "logging_steps": 1,
+                "save_steps": 2,
+                **training,
+            },
+            "evaluation": {"tasks": []},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        finetune.main([str(path), *arguments])
+        return tmp_path / name
+
+    return run_recipe
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read(folder)["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("weights", [LORA, "full"], ids=["lora", "full"])
+@pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.1}], ids=["plain", "dip"])
+def test_a_run_leaves_its_model_and_its_figures(run, capsys, model_folder, tokenizer, dip, weights):
+    folder = run(dip=dip, weights=weights)
+    results = read(folder)
+    metrics = results["metrics"]
+    assert len(losses(folder)) == 4
+    assert (metrics["num_steps"], metrics["num_train_sequences"], metrics["num_dropped_train_sequences"]) == (4, 11, 1)
+    assert results["provenance"]["config"]["dip"] == dip and results["provenance"]["seed"] == 0
+    assert (results["noise"] is None) == (dip is None)
+    printed = capsys.readouterr().out
+    assert "eval_nll" in printed and str(folder) in printed
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder if dip or weights == LORA else folder)
+    if dip or weights == LORA:
+        model = PeftModel.from_pretrained(model, folder)
+    assert metrics["eval_nll"] == pytest.approx(reference_nll(model.eval(), tokenizer, folder), rel=1e-5)
+
+
+def reference_nll(model, tokenizer, folder):
+    """Token-weighted mean over the held-out problems the run wrote, one problem at a time."""
+    total, num_tokens = 0.0, 0
+    for line in (folder / "data" / "test.jsonl").read_text().splitlines():
+        problem = json.loads(line)
+        num_prompt_tokens = len(tokenizer(format_prompt(problem["question"]))["input_ids"])
+        text = f"{format_prompt(problem['question'])} {problem['answer']}</s>"
+        input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            log_probs = model(input_ids=input_ids).logits[0, :-1].log_softmax(-1)
+        targets = input_ids[0, 1:]
+        total -= log_probs.gather(1, targets[:, None])[num_prompt_tokens - 1 :].sum().item()
+        num_tokens += len(targets) - num_prompt_tokens + 1
+    return total / num_tokens
+
+
+def test_noise_table_holds_every_channel(run, model_folder):
+    folder = run(dip={"init_noise_std": 0.1, "layers_to_transform": [1]})
+    (row,) = read(folder)["noise"]
+    assert row["name"].endswith("layers.1") and len(row["relative_std"]) == 16
+    assert sum(row["relative_std"]) / 16 == pytest.approx(row["mean"], rel=1e-5)
+    assert min(row["relative_std"]) == pytest.approx(row["min"], rel=1e-5)
+
+
+def test_plain_and_dip_see_the_same_data_in_the_same_order(run, monkeypatch):
+    seen = []
+    training_step = Trainer.training_step
+
+    def record(self, model, inputs, *arguments, **options):
+        seen.append(inputs["input_ids"].clone())
+        return training_step(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", record)
+    run(name="plain", max_steps=8)
+    run(name="dip", max_steps=8, dip={"init_noise_std": 0.1})
+    assert len(seen) == 16
+    assert all(torch.equal(plain, dip) for plain, dip in zip(seen[:8], seen[8:], strict=True))
+
+
+@pytest.mark.parametrize("weights", [LORA, "full"], ids=["lora", "full"])
+@pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.1}], ids=["plain", "dip"])
+def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, dip, weights):
+    whole = run(name="whole", dip=dip, weights=weights)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = run(name="resumed", dip=dip, weights=weights)
+    assert read(resumed)["metrics"]["eval_nll"] == read(whole)["metrics"]["eval_nll"]
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 4
+
+
+def test_dry_run_tells_and_stops(run, capsys):
+    folder = run("--dry-run", dip={"init_noise_std": 0.25})
+    printed = capsys.readouterr().out
+    assert "init_noise_std: 0.25" in printed and "layers.1, relative std 0.25" in printed
+    assert "4 steps" in printed and "num_train_sequences 11" in printed
+    assert not list(folder.iterdir())
+
+
+def test_overrides_reach_the_run(run):
+    folder = run("--set", "training.max_steps=1", "max_eval_samples=2", "--set", "max_train_samples=3")
+    metrics = read(folder)["metrics"]
+    assert (metrics["num_steps"], metrics["num_train_sequences"], metrics["num_eval_problems"]) == (1, 3, 2)
+    assert len((folder / "data" / "test.jsonl").read_text().splitlines()) == 2
+    assert yaml.safe_load((folder / "config.yaml").read_text())["max_eval_samples"] == 2
+
+
+def test_a_finished_run_is_not_run_over(run):
+    run(max_steps=1)
+    with pytest.raises(ValueError, match="already holds a finished run .*training.output_dir=FOLDER"):
+        run(max_steps=1)
+
+
+def test_an_interrupted_run_is_not_resumed_with_another_configuration(run):
+    folder = run(max_steps=1)
+    (folder / "results.json").unlink()
+    with pytest.raises(ValueError, match="interrupted run of another configuration"):
+        run(max_steps=2)
+
+
+def test_data_without_a_test_split_trains_but_does_not_score(run, problems_folder):
+    (problems_folder / "test.jsonl").unlink()
+    assert "eval_nll" not in read(run(max_steps=1))["metrics"]
+    with pytest.raises(ValueError, match="has no test split to score on"):
+        run("--set", "evaluation.tasks=[gsm8k_local]", name="scored")
+
+
+def test_a_missing_model_is_named(run):
+    with pytest.raises(ValueError, match="No model folder at ./nowhere"):
+        run("--set", "model=./nowhere")
+
+
+def test_a_broken_line_stops_the_run_before_training(run, problems_folder, tmp_path):
+    with (problems_folder / "train.jsonl").open("a") as file:
+        file.write('{"question": "1 + 1?"\n')
+    with pytest.raises(ValueError, match="train.jsonl, line 13 is not valid JSON"):
+        run()
+
+
+def test_scores_the_heldout_problems_of_the_run(run):
+    evaluation = "evaluation={tasks: [gsm8k_local], batch_size: 2, max_new_tokens: 2}"
+    results = read(run("--set", evaluation, max_steps=1, dip={"init_noise_std": 0.1}))
+    assert "gsm8k_local" in results["scores"]
+
+
+def test_runs_as_a_script(model_folder, problems_folder, tmp_path):
+    """As `accelerate launch` does, with recipes/ on the path instead of the root."""
+    config = {"model": str(model_folder), "dataset": str(problems_folder), "weights": "full"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**config, "training": {"output_dir": str(tmp_path / "run")}, "max_length": 64}))
+    command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), str(path), "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "6 steps" in done.stdout

@@ -1,0 +1,212 @@
+"""Who may import whom, read from the source, and what `import dipnet_hf` must not do.
+
+`TABLE` has a row for every file of the library, or for its folder: a new file fails until it has one.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "dipnet_hf"
+PROGRAMS = {"benchmarks", "eval", "recipes", "tests"}
+STEMS = sorted(path.relative_to(LIBRARY).with_suffix("").as_posix() for path in LIBRARY.rglob("*.py"))
+
+
+class Row(NamedTuple):
+    """What a file may import, names separated by spaces; a folder's own files are always allowed to it.
+
+    `ours` are files and folders of the library by stem; "public" is what `from dipnet_hf import ...` offers.
+    """
+
+    ours: str = ""
+    others: str = ""
+    lazy: str = ""  # of either kind, only inside a function
+
+
+TABLE = {
+    # The maths: testable without PEFT or transformers. accelerate is for unwrapping a model only.
+    "noise": Row(others="numpy torch", lazy="kernels"),
+    "objective": Row(others="accelerate numpy torch", lazy="kernels"),
+    "uncertainty": Row(others="numpy torch"),
+    "kernels": Row(others="torch triton"),
+    # The tuner. Saving a config writes the folder's card, which states the package's version.
+    "card": Row(others="huggingface_hub peft safetensors"),
+    "config": Row(ours="card objective", others="peft", lazy="public"),
+    "projection": Row(ours="config noise", others="peft torch"),
+    "sites": Row(ours="config projection", others="peft torch transformers"),
+    "model": Row(ours="config noise objective projection sites", others="accelerate peft safetensors torch"),
+    "registry": Row(ours="config model", others="peft"),
+    # What uses it.
+    "ensemble": Row(ours="model noise", others="torch transformers"),
+    "trainer": Row(ours="model objective", others="torch transformers"),
+    "sft_trainer": Row(ours="projection trainer", others="torch transformers trl"),
+    "lm_eval_model": Row(ours="ensemble model", others="lm_eval torch transformers"),
+    "diagnostics": Row(ours="public", others="numpy torch transformers"),
+    "regularizers": Row(ours="public", others="numpy torch transformers"),
+    "report": Row(ours="public", others="numpy", lazy="matplotlib"),
+    "report/provenance": Row(others="torch"),
+    # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
+    "__init__": Row(
+        ours="config ensemble model noise objective registry uncertainty", lazy="sft_trainer trainer regularizers"
+    ),
+}
+
+
+class Import(NamedTuple):
+    """One imported name: a stem of the library, "public", or the top-level name of another distribution."""
+
+    name: str
+    ours: bool
+    lazy: bool
+    line: int
+
+
+def resolve(module: str, names: list[str], lazy: bool, line: int) -> list[Import]:
+    """Say what `from module import names` reaches; `module` is absolute, `names` is empty for `import module`."""
+    top, *inner = module.split(".")
+    if top != LIBRARY.name:
+        return [Import(top, False, lazy, line)]
+    if inner:
+        return [Import(inner[0], True, lazy, line)]
+    return [Import(name if name in STEMS or name in TABLE else "public", True, lazy, line) for name in names or [""]]
+
+
+def imports(source: str, package: str = LIBRARY.name) -> list[Import]:
+    """List the imports in `source`, a file of `package`: statements, and calls of `import_module` with a literal."""
+    found = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.extend(resolve(alias.name, [], lazy, node.lineno))
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found.extend(resolve(module, [alias.name for alias in node.names], lazy, node.lineno))
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__"):
+                name = str(node.args[0].value)
+                name = package + name if name.startswith(".") else name
+                found.extend(resolve(name, [], lazy, node.lineno))
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, lazy)
+
+    visit(ast.parse(source), lazy=False)
+    return found
+
+
+def find_row(stem: str) -> Row | None:
+    """Find the row of a file, or of its folder: `report/plots` -> `report`."""
+    return TABLE.get(stem, TABLE.get(stem.split("/")[0]))
+
+
+def violations(stem: str, row: Row, found: list[Import]) -> list[str]:
+    """List the imports that the row does not allow."""
+    folder = {stem.split("/")[0]} if "/" in stem else set()
+    problems = []
+    for entry in found:
+        eager = folder | set(row.ours.split()) if entry.ours else sys.stdlib_module_names | set(row.others.split())
+        if entry.name in eager or (entry.lazy and entry.name in row.lazy.split()):
+            continue
+        rule = "allows only inside a function" if entry.name in row.lazy.split() else "does not allow"
+        problems.append(f"{stem}.py:{entry.line} imports {entry.name}, which its row in TABLE {rule}")
+    return problems
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_file_follows_the_table(stem):
+    row = find_row(stem)
+    assert row is not None, f"{stem}.py is new: say in TABLE what it may import"
+    package = ".".join([LIBRARY.name, *stem.split("/")[:-1]])
+    found = imports((LIBRARY / f"{stem}.py").read_text(), package)
+    assert not violations(stem, row, found)
+    assert not PROGRAMS & {entry.name for entry in found}
+
+
+def test_every_named_file_has_a_row():
+    named = {name for row in TABLE.values() for name in row.ours.split()}
+    assert named <= {*TABLE, "public"}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch.nn as nn", ("torch", False, False)),
+        ("from peft.utils import a", ("peft", False, False)),
+        ("from . import config", ("config", True, False)),
+        ("from . import __version__", ("public", True, False)),
+        ("from .config import DipConfig", ("config", True, False)),
+        ("from dipnet_hf import DipConfig", ("public", True, False)),
+        ("import dipnet_hf", ("public", True, False)),
+        ("import dipnet_hf.report.plots", ("report", True, False)),
+        ("def f():\n    from .config import DipConfig", ("config", True, True)),
+        ("class A:\n    import trl", ("trl", False, False)),
+        ("if True:\n    import trl", ("trl", False, False)),
+        ("importlib.import_module('trl.trainer')", ("trl", False, False)),
+        ("def f():\n    import_module('.config')", ("config", True, True)),
+    ],
+)
+def test_imports_are_seen(source, expected):
+    assert [tuple(entry)[:3] for entry in imports(source)] == [expected]
+
+
+def test_relative_imports_of_a_folder_are_seen():
+    found = imports("from .results import a\nfrom ..model import b\nfrom .. import DipConfig", "dipnet_hf.report")
+    assert [entry.name for entry in found] == ["report", "model", "public"]
+
+
+def test_violations_are_reported():
+    row = Row(ours="noise", others="torch", lazy="kernels")
+    found = imports(
+        "import math, torch, trl\nfrom . import noise, model, kernels\ndef f():\n    from . import kernels"
+    )
+    assert violations("a", row, found) == [
+        "a.py:1 imports trl, which its row in TABLE does not allow",
+        "a.py:2 imports model, which its row in TABLE does not allow",
+        "a.py:2 imports kernels, which its row in TABLE allows only inside a function",
+    ]
+
+
+# Runs in a fresh interpreter. PEFT's own imports do not count: it loads bitsandbytes, and that loads triton on CUDA.
+PROBE = """
+import json, random, sys
+import numpy, torch, peft
+
+def random_states():
+    return random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.initial_seed()
+
+events = []
+sys.addaudithook(lambda event, args: events.append(event))
+before, states = set(sys.modules), random_states()
+events.clear()
+
+import dipnet_hf
+
+connections = sorted({event for event in events if event in ("socket.connect", "socket.getaddrinfo")})
+print(json.dumps({
+    "imported": sorted({"datasets", "lm_eval", "matplotlib", "triton", "trl"} & (set(sys.modules) - before)),
+    "network": connections,
+    "cuda_initialized": torch.cuda.is_initialized(),
+    "random_state_kept": random_states() == states,
+}))
+"""
+
+
+def test_importing_the_library_touches_nothing_else():
+    done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "imported": [],
+        "network": [],
+        "cuda_initialized": False,
+        "random_state_kept": True,
+    }

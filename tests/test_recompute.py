@@ -1,0 +1,140 @@
+"""A layer that is recomputed in the backward pass, or compiled, gets the noise that its forward pass had."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.utils.checkpoint import checkpoint
+
+from dipnet_hf import DipConfig, dip_loss, get_dip_model
+from tests.tiny_models import build
+
+CHECKPOINTS = [
+    dict(use_reentrant=reentrant, preserve_rng_state=preserve)
+    for reentrant in (True, False)
+    for preserve in (True, False)
+]
+
+
+def dip_llama(batch, target_sites="decoder_layer", **kwargs):
+    config = DipConfig(weights="full", target_sites=target_sites, init_noise_std=0.3, **kwargs)
+    return get_dip_model(build("llama"), config, calibration=[batch]).train()
+
+
+def gradients(model, loss):
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def checkpointed(model, kwargs):
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
+        model.activation_checkpointing_enable(kwargs)
+    else:
+        model.gradient_checkpointing_enable(kwargs)
+    model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("kwargs", CHECKPOINTS, ids=str)
+@pytest.mark.parametrize("target_sites", ["decoder_layer", "attention", "linear"])
+def test_checkpointing_changes_no_gradient(batch, target_sites, kwargs):
+    """Two forward passes, one backward pass: the recomputed layers of both find their own noise."""
+    results = []
+    for prepare in (lambda model: model, lambda model: checkpointed(model, kwargs)):
+        model = prepare(dip_llama(batch, target_sites, num_samples=2))
+        torch.manual_seed(0)
+        results.append(gradients(model, dip_loss(model, batch).loss + 2 * dip_loss(model, batch).loss))
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient, results[1][name]), name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_the_mode_of_the_forward_pass_counts_not_that_of_the_backward_pass(batch, use_reentrant):
+    results = []
+    for prepare in (lambda model: model, lambda model: checkpointed(model, dict(use_reentrant=use_reentrant))):
+        model = prepare(dip_llama(batch, "attention"))
+        torch.manual_seed(0)
+        noisy = dip_loss(model, batch).loss
+        with model.deterministic():
+            quiet = dip_loss(model, batch).loss
+        model.eval()
+        results.append(gradients(model, noisy + quiet))
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient, results[1][name]), name
+
+
+class CheckpointedLayer(torch.nn.Module):
+    """The whole layer with its hooks inside, as activation-checkpointing wrappers do it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return checkpoint(self.layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def test_a_wrapper_that_recomputes_the_hook_too(batch):
+    results = []
+    for wrap in (lambda layer: layer, CheckpointedLayer):
+        model = dip_llama(batch)
+        layers = model.get_base_model().model.layers
+        for i, layer in enumerate(layers):
+            layers[i] = wrap(layer)
+        torch.manual_seed(0)
+        uncached = {**batch, "use_cache": False}  # a cache would be filled twice
+        loss = dip_loss(model, uncached).loss - dip_loss(model, uncached).loss.exp()
+        results.append(list(gradients(model, loss).values()))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+def test_a_site_that_runs_twice_draws_twice_and_refuses_recomputation(batch):
+    def shared_layers():
+        model = build("llama")
+        model.model.layers[1] = model.model.layers[0]  # one layer, run twice
+        model.config.use_cache = False
+        model = get_dip_model(model, DipConfig(weights="full", target_sites="attention", init_noise_std=0.3))
+        model.calibrate([batch])
+        return model.train()
+
+    model = shared_layers()
+    inputs = []
+    projection = model.get_base_model().model.layers[0].self_attn.dip_projection
+    projection.register_forward_hook(lambda module, args, output: inputs.append(output - args[0]))
+    model(batch["input_ids"])
+    assert len(inputs) == 2 and not torch.equal(*inputs)
+
+    loss = dip_loss(checkpointed(shared_layers(), dict(use_reentrant=False)), batch).loss
+    with pytest.raises(RuntimeError, match="did not run exactly once"):
+        loss.backward()
+
+
+def test_bfloat16_follows_float32(batch):
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = dip_llama(batch).to(dtype)
+        with model.sampling(seed=0):
+            results.append(gradients(model, dip_loss(model, batch).loss))
+    for (name, expected), actual in zip(results[0].items(), results[1].values()):
+        if "dip_logvar" in name:
+            assert actual.dtype == torch.float32
+        error = (actual.float() - expected).norm() / expected.norm()
+        assert error < 0.1, (name, error)
+
+
+def test_compiled_in_one_graph_with_the_same_noise(batch):
+    config = DipConfig(weights=LoraConfig(r=4, target_modules="all-linear"), init_noise_std=0.3)
+    model = get_dip_model(build("llama"), config, calibration=[batch]).train()
+    assert torch._dynamo.explain(model)(**batch).graph_break_count == 0
+
+    results = []
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        with model.sampling(seed=0):
+            outputs = [call(**batch).loss for _ in range(3)]
+        sum(outputs).backward()
+        results.append((outputs, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+    for eager, compiled in zip(results[0][0], results[1][0]):
+        assert torch.equal(eager, compiled)
+    assert not torch.equal(results[1][0][0], results[1][0][1])
+    for eager, compiled in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(eager, compiled, atol=1e-5, rtol=1e-5)

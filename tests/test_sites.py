@@ -1,0 +1,249 @@
+"""Where noise enters: every architecture x every `target_sites`, named modules, convolutions, adapters, the errors."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dipnet_hf import DipConfig, get_dip_model
+from dipnet_hf.config import TARGET_SITES
+from tests.tiny_models import ARCHITECTURES, CAUSAL, HIDDEN_SIZE, NUM_LAYERS, build, make_batch
+
+STD = 0.1
+STAGES = "resnet.encoder.stages"
+
+
+def dip_config(**fields):
+    return DipConfig(noise_scale="absolute", init_noise_std=STD, **fields)
+
+
+def projections(model):
+    """The sites' modules by name, as they stand in the model."""
+    suffix = ".dip_projection"
+    return {
+        name.removesuffix(suffix): module
+        for name, module in model.get_base_model().named_modules()
+        if name.endswith(suffix)
+    }
+
+
+def record(model, names, at_output=False):
+    """Keep what the named modules of `model` take in (or give out) in every forward: a dictionary of lists."""
+    seen = {name: [] for name in names}
+    for name in names:
+        module = model.get_submodule(name)
+        if at_output:
+            module.register_forward_hook(lambda module, args, output, name=name: seen[name].append(output))
+        else:
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: seen[name].append(
+                    args[0] if args else kwargs["hidden_states"]
+                ),
+                with_kwargs=True,
+            )
+    return seen
+
+
+def split_layers(pattern):
+    """Split "a.[01].b" into what stands before the layers, the layers, and what stands after them."""
+    before, _, rest = pattern.partition("[")
+    layers, found, after = rest.partition("]")
+    return (before, layers, after) if found else (pattern, [""], "")
+
+
+def expected_names(model, architecture, target_sites):
+    """The sites that `target_sites` should find, told by the modules' names and classes alone."""
+    layers = next(name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == NUM_LAYERS)
+    stack = [f"{layers}.{i}" for i in range(NUM_LAYERS)]
+    if target_sites == "decoder_layer":
+        return stack
+    if target_sites == "mlp":
+        return [f"{layer}.{architecture.mlp}" for layer in stack]
+    if target_sites == "embedding":
+        return [next(name for name, m in model.named_modules() if isinstance(m, nn.Embedding))]
+    if target_sites == "linear":
+        return [
+            name
+            for name, m in model.named_modules()
+            if name.startswith(f"{layers}.") and isinstance(m, (nn.Linear, Conv1D))
+        ]
+    parts = dict(model.get_submodule(stack[0]).named_children())
+    attention = next(name for name in ("self_attn", "self_attention", "attention", "attn") if name in parts)
+    return [f"{layer}.{attention}" for layer in stack]
+
+
+@pytest.mark.parametrize(
+    ("name", "target_sites"),
+    # Images have patches, no table of embeddings.
+    [(name, sites) for name in ARCHITECTURES for sites in TARGET_SITES if name in CAUSAL or sites != "embedding"],
+)
+def test_noise_enters_at_every_site(name, target_sites):
+    base, batch = build(name), make_batch(name)
+    names = expected_names(base, ARCHITECTURES[name], target_sites)
+    num_sites = {"linear": ARCHITECTURES[name].num_linears * NUM_LAYERS, "embedding": 1}.get(target_sites, NUM_LAYERS)
+    assert len(names) == num_sites
+
+    model = get_dip_model(base, dip_config(target_sites=target_sites)).train()
+    sites = projections(model)
+    assert list(sites) == names
+    seen = record(model.get_base_model(), names, at_output=target_sites == "embedding")
+    model(**batch).loss.backward()
+    with model.deterministic():
+        model(**batch)
+
+    for site, (noisy, plain) in seen.items():
+        logvar = sites[site].dip_logvar["default"]
+        assert logvar.shape == (plain.shape[-1],)
+        assert logvar.grad.isfinite().all() and logvar.grad.count_nonzero() > 0
+        assert not torch.equal(noisy, plain)
+    first = names[0]  # nothing noisy comes before it
+    noise = (seen[first][0] - seen[first][1]) / STD
+    assert noise.std().item() == pytest.approx(1, abs=5 * (2 * noise.numel()) ** -0.5)
+
+
+@pytest.mark.parametrize("layers", [1, [0, 2]])
+@pytest.mark.parametrize("target_sites", ["decoder_layer", "attention", "mlp", "linear"])
+def test_layers_to_transform(tiny_llama, target_sites, layers):
+    every = expected_names(tiny_llama, CAUSAL["llama"], target_sites)
+    model = get_dip_model(tiny_llama, dip_config(target_sites=target_sites, layers_to_transform=layers))
+    wanted = [layers] if isinstance(layers, int) else layers
+    assert list(projections(model)) == [name for name in every if int(name.split(".")[2]) in wanted]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("llama", {"target_modules": ["up_proj", "norm"]}, "model.layers.[012].mlp.up_proj model.norm"),
+        ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}, "model.layers.1.self_attn.q_proj"),
+        (
+            "llama",
+            {"target_modules": ["mlp"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+            "model.layers.[02].mlp",
+        ),
+        ("llama", {"target_modules": ["embed_tokens", "lm_head"]}, "model.embed_tokens lm_head"),
+        ("vit", {"target_modules": ["q_proj", "classifier"]}, "vit.layers.[012].attention.q_proj classifier"),
+        ("vit", {"target_modules": r".*layers\.[01]\.mlp\.fc2"}, "vit.layers.[01].mlp.fc2"),
+        ("vit", {"target_modules": ["patch_embeddings"]}, "vit.embeddings.patch_embeddings"),
+        ("resnet", {"target_modules": ["shortcut.convolution"]}, f"{STAGES}.1.layers.0.shortcut.convolution"),
+        ("resnet", {"target_modules": r".*stages\.1\.layers\.\d"}, f"{STAGES}.1.layers.[01]"),
+        ("resnet", {"target_modules": r".*1\.layer\.2\.normalization"}, f"{STAGES}.1.layers.1.layer.2.normalization"),
+    ],
+)
+def test_named_modules(name, fields, expected):
+    """`expected` has one pattern a kind of site; [012] stands for layers."""
+    batch = make_batch(name)
+    model = get_dip_model(build(name), dip_config(**fields)).train()
+    sites = projections(model)
+    assert list(sites) == [f"{a}{i}{b}" for a, layers, b in map(split_layers, expected.split()) for i in layers]
+    model(**batch).loss.backward()
+    for projection in sites.values():
+        assert projection.dip_logvar["default"].grad.count_nonzero() > 0
+
+
+def test_channels_of_a_convolution_are_dimension_one():
+    batch = make_batch("resnet", num_rows=64)
+    site = "resnet.encoder.stages.1.layers.0.layer.0.convolution"
+    model = get_dip_model(build("resnet"), dip_config(target_modules=[site]))
+    std_C = torch.linspace(0.1, 0.8, 8)
+    projections(model)[site].dip_logvar["default"].data = 2 * std_C.log()
+    seen = record(model.get_base_model(), [site])[site]
+    with torch.no_grad(), model.sampling(seed=0):
+        model(**batch)
+    with torch.no_grad():
+        model(**batch)
+    eps_BCHW = (seen[0] - seen[1]) / std_C[:, None, None]
+
+    # The variance of n standard normal values has a standard error of sqrt(2 / n), their covariance one of sqrt(1 / n).
+    for dims in ((0, 2, 3), (0, 1)):  # the same std at every position, the channel's own in every channel
+        variance = eps_BCHW.square().mean(dims)
+        num_values = eps_BCHW.numel() / variance.numel()
+        assert (variance - 1).abs().max() < 5 * (2 / num_values) ** 0.5
+    for dim in range(4):  # rows, channels and positions each have noise of their own
+        neighbours = eps_BCHW.narrow(dim, 1, eps_BCHW.shape[dim] - 1)
+        neighbours = neighbours * eps_BCHW.narrow(dim, 0, eps_BCHW.shape[dim] - 1)
+        assert neighbours.mean().abs() < 5 * neighbours.numel() ** -0.5
+
+
+def test_granularity_layer_has_one_variance_a_site(tiny_llama, batch):
+    model = get_dip_model(tiny_llama, dip_config(granularity="layer")).train()
+    model(**batch).loss.backward()
+    for logvar in model.logvars():
+        assert logvar.shape == (1,)
+        assert logvar.grad.item() != 0
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_noise_enters_base_weight_and_adapter_alike(tiny_llama, batch, use_dora):
+    weights = LoraConfig(target_modules="all-linear", init_lora_weights=False, use_dora=use_dora)
+    model = get_dip_model(tiny_llama, dip_config(target_sites="linear", weights=weights))
+    sites = list(projections(model))
+    assert len(sites) == CAUSAL["llama"].num_linears * NUM_LAYERS
+    base = model.get_base_model()
+    inputs = record(base, [f"{site}.base_layer" for site in sites] + [f"{site}.lora_A.default" for site in sites])
+    outputs = record(base, sites, at_output=True)
+    with torch.no_grad(), model.sampling(seed=0):
+        model(**batch)
+    for site in sites:
+        layer = base.get_submodule(site)
+        assert isinstance(layer, LoraLayer)
+        u = inputs[f"{site}.base_layer"][0]
+        if not use_dora:
+            assert torch.equal(inputs[f"{site}.lora_A.default"][0], u)
+        noisy = outputs[site].pop(0)
+        with torch.no_grad(), model.deterministic():
+            assert torch.equal(layer(u), noisy)
+
+
+def test_an_adapter_on_a_projected_layer_gets_its_noise(tiny_llama, batch):
+    """The second adapter's LoRA wraps layers that already have a projection."""
+    model = get_dip_model(tiny_llama, dip_config(target_sites="linear"))
+    sites = list(projections(model))
+    weights = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model.add_adapter("second", dip_config(target_sites="linear", weights=weights, task_type="CAUSAL_LM"))
+    assert list(projections(model)) == sites
+    model.set_adapter("second")
+    seen = record(model.get_base_model(), [f"{sites[0]}.base_layer", f"{sites[0]}.lora_A.second"])
+    with torch.no_grad(), model.sampling(seed=0):
+        model(**batch)
+        model(**batch)
+    (first, second), (first_lora, second_lora) = seen.values()
+    assert torch.equal(first, first_lora) and torch.equal(second, second_lora)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("llama", {"target_modules": ["q_prj"]}, r"match no module of LlamaForCausalLM.*nearest names.*'q_proj'"),
+        ("llama", {"target_modules": r".*\.zzz"}, r"match no module of LlamaForCausalLM"),
+        ("llama", {"layers_to_transform": 3}, r"layers_to_transform=\[3\] must be layers from 0 to 2"),
+        ("llama", {"layers_to_transform": [0, -1]}, r"must be layers from 0 to 2"),
+        ("llama", {"layers_to_transform": []}, r"must be layers from 0 to 2"),
+        ("llama", {"target_modules": ["mlp"], "layers_to_transform": [1, 7]}, r"match nothing in layers \[7\]"),
+        ("llama", {"target_modules": ["norm"], "layers_to_transform": 0}, r"match nothing in layers \[0\]"),
+        ("resnet", {}, r"No stack of .*layers was found in ResNet.*target_modules=\["),
+        ("resnet", {"target_sites": "embedding"}, r"ResNet.* has no input embedding.*target_modules"),
+        ("vit", {"target_sites": "embedding"}, r"ViT.* has no input embedding.*target_modules"),
+        ("resnet", {"target_modules": ["pooler"]}, r"width of the input of '.*pooler'.*not known: name the first"),
+    ],
+)
+def test_sites_that_are_not_there(name, fields, message):
+    model = build(name)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        get_dip_model(model, dip_config(**fields))
+    assert list(model.state_dict()) == before  # nothing has been changed
+
+
+def test_a_layer_without_the_part_is_named():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)
+
+    model = build("llama")
+    model.model.layers = nn.ModuleList(Layer() for _ in range(NUM_LAYERS))
+    with pytest.raises(ValueError, match=r"Layer has no part.*'attention'.*\['mix'\].*target_modules"):
+        get_dip_model(model, dip_config(target_sites="attention"))

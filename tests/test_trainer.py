@@ -1,0 +1,207 @@
+"""The objective inside transformers' Trainer: accumulation, optimizer groups, logs, calibration, resuming."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Trainer, TrainingArguments
+
+from dipnet_hf import DipConfig, DipTrainer, DipTrainerMixin, dip_loss, get_dip_model
+from tests.tiny_models import build
+
+
+@pytest.fixture
+def rows():
+    """Sixteen sequences of 5 to 12 tokens, the first three of each a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for i in range(16):
+        ids = torch.randint(3, 60, (5 + i % 8,), generator=generator).tolist()
+        data.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]})
+    return Dataset.from_list(data)
+
+
+def collate(rows):
+    length = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {k: torch.tensor([row[k] + [v] * (length - len(row[k])) for row in rows]) for k, v in fill.items()}
+
+
+def dip_model(calibration=None, **config):
+    config = {"weights": "full", "init_noise_std": 0.3} | config
+    torch.manual_seed(0)
+    return get_dip_model(build("llama"), DipConfig(**config), calibration)
+
+
+def make_trainer(model, rows, tmp_path, trainer_class=DipTrainer, **arguments):
+    arguments = {"per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3} | arguments
+    defaults = dict(use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
+    arguments = TrainingArguments(output_dir=str(tmp_path), **{**defaults, **arguments})
+    return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class FixedNoise(DipTrainerMixin, Trainer):
+    """Every row gets noise that depends on its tokens alone, so that batches can be split without changing it."""
+
+    def _data_loss(self, model, inputs, num_items_in_batch):
+        for projection in (m for m in model.modules() if type(m).__name__ == "DipProjection"):
+            projection.forward = lambda x, p=projection: self.noisy(p, x, inputs["input_ids"])
+        return super()._data_loss(model, inputs, num_items_in_batch)
+
+    def noisy(self, projection, x, input_ids):
+        samples = self._tuner().active_dip_config.num_samples
+        sign = torch.linspace(-1, 1, samples).repeat_interleave(len(x) // samples)[:, None, None]
+        eps = torch.sin(input_ids[..., None] * torch.arange(1, x.shape[-1] + 1)) * sign
+        return x + projection.dip_scale["default"] * torch.exp(projection.dip_logvar["default"] / 2) * eps
+
+
+@pytest.mark.parametrize("trainer_class", [DipTrainer, FixedNoise])
+@pytest.mark.parametrize("target", ["log_prob", "logits"])
+def test_eight_steps_of_one_row_weigh_as_one_step_of_eight_rows(rows, tmp_path, trainer_class, target):
+    """Each of the three terms, and the weights after the step; with the noise off and with fixed draws."""
+    noise_off = trainer_class is DipTrainer
+    results = []
+    for batch_size, steps in [(8, 1), (1, 8)]:
+        config = dict(num_samples=2, stability_loss_weight=0.5, stability_target=target)
+        config |= dict(init_noise_std=0.0, alpha=0.0, beta=0.0) if noise_off else {}
+        model = dip_model([collate(list(rows))], **config)
+        trainer = make_trainer(
+            model,
+            rows,
+            tmp_path,
+            trainer_class,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            optim="sgd",
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        results.append(([log[name] for name in ("nll", "prior", "stability", "loss")], model.state_dict()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-9)
+    nll, prior, stability, loss = results[0][0]
+    assert loss == pytest.approx(nll + prior + stability, rel=1e-5)
+    assert (stability > 0 and prior != 0) or noise_off
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][name], atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("config", [{}, dict(num_samples=2, stability_loss_weight=0.3)], ids=str)
+def test_the_trainer_computes_dip_loss(rows, tmp_path, config):
+    model = dip_model([collate(list(rows))], **config)
+    trainer = make_trainer(copy.deepcopy(model), rows, tmp_path, per_device_train_batch_size=16, max_steps=1)
+    seen = {}
+
+    class Spy(DipTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen["inputs"], seen["rng"] = inputs, torch.get_rng_state()
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.__class__ = Spy
+    trainer.train()
+    log = trainer.state.log_history[0]
+    torch.set_rng_state(seen["rng"])
+    expected = dip_loss(model.train(), seen["inputs"])
+    for name in expected._fields:
+        assert log[name] == pytest.approx(getattr(expected, name).item(), rel=1e-4, abs=1e-9)
+
+
+def test_terms_and_noise_are_logged_beside_the_loss(rows, tmp_path):
+    trainer = make_trainer(dip_model(), rows, tmp_path, logging_steps=2, max_steps=4)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for log in logs:
+        assert log["loss"] == pytest.approx(log["nll"] + log["prior"] + log["stability"], rel=1e-4)
+        assert 0 < log["noise_std_min"] <= log["noise_std_mean"] <= log["noise_std_max"]
+
+
+def test_logvar_has_its_own_group_without_decay(rows, tmp_path):
+    model = dip_model(logvar_learning_rate=0.05, alpha=0.0, beta=0.0)
+    trainer = make_trainer(model, rows, tmp_path, weight_decay=0.5, lr_scheduler_type="constant")
+    trainer.train()
+    *others, own = trainer.optimizer.param_groups
+    assert {id(p) for p in own["params"]} == {id(p) for p in model.logvars()} and own["params"]
+    assert (own["lr"], own["weight_decay"]) == (0.05, 0.0)
+    assert not {id(p) for group in others for p in group["params"]} & {id(p) for p in own["params"]}
+    assert [group["weight_decay"] for group in others] == [0.5, 0.0]
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_calibrates_from_its_own_data_and_leaves_the_random_state(rows, tmp_path):
+    runs = []
+    for calibrated in (False, True):
+        model = dip_model([collate(list(rows))] if calibrated else None)
+        trainer = make_trainer(model, rows, tmp_path, max_steps=1)
+        trainer.train()
+        runs.append((model.noise_summary(), trainer))
+    # Two batches of eight cover the sixteen rows, so the trainer has measured what the caller measured.
+    for ours, theirs in zip(runs[0][0], runs[1][0]):
+        assert ours["scale"] == pytest.approx(theirs["scale"], rel=1e-5)
+    # So its first step draws the same noise on the same rows.
+    assert losses(runs[0][1]) == pytest.approx(losses(runs[1][1]), rel=1e-5)
+
+
+def test_evaluation_is_noise_off_and_plain(rows, tmp_path):
+    model = dip_model()
+    trainer = make_trainer(model, rows, tmp_path)
+    plain = make_trainer(build("llama"), rows, tmp_path, Trainer)
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+def test_the_mixin_serves_a_subclass(rows, tmp_path):
+    class HalfLoss(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss, outputs = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
+            return (loss / 2, outputs) if kwargs.get("return_outputs") else loss / 2
+
+    class DipHalfLoss(DipTrainerMixin, HalfLoss):
+        pass
+
+    nlls = []
+    for trainer_class in (DipTrainer, DipHalfLoss):
+        trainer = make_trainer(dip_model(), rows, tmp_path, trainer_class, max_steps=1)
+        trainer.train()
+        nlls.append(trainer.state.log_history[0]["nll"])
+    assert nlls[0] == pytest.approx(2 * nlls[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_killed_and_resumed_equals_uninterrupted(rows, tmp_path, weights):
+    """Losses are equal, not close: adapter, optimizer and random state all come back."""
+    weights = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if weights == "lora" else "full"
+    config = dict(weights=weights, num_samples=2, stability_loss_weight=0.1)
+    arguments = dict(max_steps=6, per_device_train_batch_size=4, save_strategy="steps", save_steps=3)
+
+    whole = make_trainer(dip_model(**config), rows, tmp_path / "a", **arguments)
+    whole.train()
+
+    class Killed(Exception):
+        pass
+
+    class Dying(DipTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 4:
+                raise Killed
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(Killed):
+        make_trainer(dip_model(**config), rows, tmp_path / "b", Dying, **arguments).train()
+    torch.manual_seed(999)
+    resumed = make_trainer(dip_model(**config), rows, tmp_path / "b", **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_a_model_without_the_adapter_is_refused(rows, tmp_path):
+    with pytest.raises(TypeError, match="DipTrainer needs a model from get_dip_model, got LlamaForCausalLM"):
+        make_trainer(build("llama"), rows, tmp_path)

@@ -1,0 +1,106 @@
+"""Tiny models of many architectures, from configs, in milliseconds: hidden size 32, float32, no dropout.
+
+What is peculiar to an architecture stands in its row; the tests ask the same of all.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+NUM_LAYERS = 3
+HIDDEN_SIZE = 32
+VOCAB_SIZE = 64
+NUM_CLASSES = 5
+
+
+class Architecture(NamedTuple):
+    """What the tests expect of an architecture, and what its config needs beyond the common fields."""
+
+    num_linears: int = 7  # in a layer
+    mlp: str = "mlp"  # what the mixing of channels is called in a layer
+    config: dict = {}
+
+
+CAUSAL = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(config={"head_dim": 8}),
+    "gemma2": Architecture(config={"head_dim": 8}),
+    "gemma3_text": Architecture(config={"head_dim": 8}),
+    "phi3": Architecture(num_linears=4),
+    "olmo2": Architecture(),
+    "gpt2": Architecture(num_linears=4, config={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt_neox": Architecture(num_linears=4),
+    "opt": Architecture(
+        num_linears=6, mlp="fc1", config={"ffn_dim": 64, "word_embed_proj_dim": HIDDEN_SIZE, "dropout": 0.0}
+    ),
+    "falcon": Architecture(num_linears=4),
+    # Experts are one parameter of three dimensions, not linear layers.
+    "mixtral": Architecture(num_linears=4, config={"num_local_experts": 4}),
+    "qwen3_moe": Architecture(
+        num_linears=4,
+        config={"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+}
+VISION = {"vit": Architecture(num_linears=6)}
+ARCHITECTURES = CAUSAL | VISION
+
+
+def build(name: str, num_layers: int = NUM_LAYERS, hidden_size: int = HIDDEN_SIZE) -> PreTrainedModel:
+    """Build a model: a row of `ARCHITECTURES`, or `"resnet"`. The same call gives the same weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _build(name, num_layers, hidden_size).eval()
+
+
+def _build(name: str, num_layers: int, hidden_size: int) -> PreTrainedModel:
+    if name == "resnet":
+        return ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], num_labels=NUM_CLASSES)
+        )
+    common = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+    }
+    if name == "vit":
+        return ViTForImageClassification(ViTConfig(**common, image_size=8, patch_size=4, num_labels=NUM_CLASSES))
+    config = AutoConfig.for_model(
+        name,
+        **common,
+        vocab_size=VOCAB_SIZE,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **CAUSAL[name].config,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def make_batch(name: str, num_rows: int = 4) -> dict[str, torch.Tensor]:
+    """Make a batch with labels. Text has padding on the right, and its first three tokens have no label."""
+    generator = torch.Generator().manual_seed(0)
+    if name in CAUSAL:
+        input_ids = torch.randint(3, VOCAB_SIZE, (num_rows, 10), generator=generator)
+        positions = torch.arange(10)
+        mask = (positions < 10 - torch.arange(num_rows)[:, None] % 4).long()
+        labels = torch.where((positions >= 3) & mask.bool(), input_ids, -100)
+        return {"input_ids": input_ids * mask, "attention_mask": mask, "labels": labels}
+    size = 32 if name == "resnet" else 8
+    return {
+        "pixel_values": torch.randn(num_rows, 3, size, size, generator=generator),
+        "labels": torch.randint(NUM_CLASSES, (num_rows,), generator=generator),
+    }
