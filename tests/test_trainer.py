@@ -12,8 +12,7 @@ from dipnet_hf import DipConfig, DipTrainer, DipTrainerMixin, dip_loss, get_dip_
 from tests.tiny_models import build
 
 
-@pytest.fixture
-def rows():
+def make_rows():
     """Sixteen sequences of 5 to 12 tokens, the first three of each a prompt."""
     generator = torch.Generator().manual_seed(0)
     data = []
@@ -21,6 +20,11 @@ def rows():
         ids = torch.randint(3, 60, (5 + i % 8,), generator=generator).tolist()
         data.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]})
     return Dataset.from_list(data)
+
+
+@pytest.fixture
+def rows():
+    return make_rows()
 
 
 def collate(rows):

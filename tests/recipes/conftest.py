@@ -1,13 +1,10 @@
 """A Llama of two small layers with a tokenizer, and a folder of problems, as a recipe loads them: from disk."""
 
 import json
-import os
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -11,7 +9,6 @@ from transformers import AutoTokenizer
 
 from recipes.data import heldout_set, load_problems, make_collator, read_problems, tokenize, training_set
 
-SHARED = Path(os.environ.get("DIPNET_SHARED", Path(__file__).parents[3] / "shared"))
 PROBLEM = {"question": "1 + 1?", "answer": "#### 2"}
 LINE = json.dumps(PROBLEM)
 
@@ -107,11 +104,10 @@ def test_collator_pads_labels_with_the_ignored_index(tokenizer):
     assert batch["labels"][0, -3] == tokenizer.eos_token_id, "eos is learned though it also pads"
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared files at {SHARED}; set DIPNET_SHARED")
-def test_gsm8k_prompt_is_the_prefix_of_its_training_sequence():
+def test_gsm8k_prompt_is_the_prefix_of_its_training_sequence(shared):
     """The tokenizer puts a space before every text, which must not double that before the answer."""
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
-    problems = load_problems(str(SHARED / "data" / "gsm8k"))["test"].select(range(50))
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
+    problems = load_problems(str(shared / "data" / "gsm8k"))["test"].select(range(50))
     for problem, tokens in zip(problems, tokenize(problems, tokenizer), strict=True):
         prompt_ids = tokenizer(f"Question: {problem['question']}\nAnswer:")["input_ids"]
         num_ignored = tokens["labels"].count(-100)
