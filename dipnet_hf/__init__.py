@@ -9,7 +9,6 @@ from . import registry  # noqa: F401
 from .config import DipConfig
 from .model import DipModel, get_dip_model
 from .objective import DipLoss, dip_loss, kl_weights
-from .trainer import DipTrainer, DipTrainerMixin
 
 __all__ = [
     "DipConfig",
@@ -25,7 +24,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # TRL is optional and slow to import: only who asks for its trainer pays for it.
+    # A trainer imports datasets, and TRL's imports much more: only who asks for one pays for it.
+    if name in ("DipTrainer", "DipTrainerMixin"):
+        from . import trainer
+
+        return getattr(trainer, name)
     if name == "DipSFTTrainer":
         from .sft_trainer import DipSFTTrainer
 

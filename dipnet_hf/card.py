@@ -10,7 +10,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 _BEGIN, _END = "<!-- dipnet_hf begin -->", "<!-- dipnet_hf end -->"
-_TEMPLATE_MARK = "[More Information Needed]"
 
 
 def write_model_card(
@@ -33,10 +32,11 @@ def write_model_card(
         card.data["base_model"] = config["base_model_name_or_path"]
 
     section = f"{_BEGIN}\n{_section(folder, config, training_data, metrics)}\n{_END}"
-    text = "" if _TEMPLATE_MARK in card.text else card.text  # the unfilled template of a card says nothing
+    template = ModelCard.from_template(ModelCardData()).text.strip()
+    text = card.text.replace(template, "")  # unfilled it says nothing
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    card.text = f"{before.rstrip()}\n\n{section}\n{after}".lstrip("\n")
+    card.text = "\n\n".join(part.strip() for part in (before, section, after) if part.strip())
     card.save(path)
 
 

@@ -71,12 +71,15 @@ class DipModel(BaseTuner):
 
     # ---- injection ----
 
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        self._forward_hook = model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.switch = NoiseSwitch()
         self._memory = DrawMemory()
         self._antithetic = False
         self._seeded_key: torch.Tensor | None = None
-        self._forward_hook = model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
@@ -132,6 +135,9 @@ class DipModel(BaseTuner):
             projection.attach(target)
         parameter = next(target.parameters(), None)
         projection.add_adapter(adapter_name, peft_config, None if parameter is None else parameter.device)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # only to put a layer back; PEFT's expects a `weight` in every layer
 
     @contextlib.contextmanager
     def _without_peft_config(self) -> Iterator[None]:
@@ -259,6 +265,8 @@ class DipModel(BaseTuner):
         device = next(self.model.parameters()).device
         was_training = self.model.training
         self.model.eval()
+        for projection in self._active_projections():
+            projection.pop_measured()  # what a calibration that failed has left
         self.switch.measuring = True
         try:
             with torch.no_grad(), self.deterministic():
@@ -346,6 +354,10 @@ class DipModel(BaseTuner):
                 model=model, config=config.weights, adapter_name=adapter_name, state_dict=state_dict
             )
         _check_fits(model, config, adapter_name, remapped)
+        if config.weights == "full":
+            # In place: with `low_cpu_mem_usage` PEFT puts new parameters into the model, which tears tied ones apart.
+            names = [name for name in remapped if "dip_projection" not in name]
+            model.load_state_dict({name: remapped.pop(name) for name in names}, strict=False)
         return remapped
 
     def disable_adapter_layers(self) -> None:

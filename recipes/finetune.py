@@ -105,7 +105,9 @@ def check_output_dir(output_dir: Path, config: FinetuneConfig) -> None:
         raise ValueError(f"{output_dir} already holds a finished run (results.json). {advice}")
     started = output_dir / "config.yaml"
     if started.exists() and started.read_text(encoding="utf-8") != dump_config(config):
-        raise ValueError(f"{output_dir} holds an interrupted run of another configuration ({started}). {advice}")
+        raise ValueError(
+            f"{output_dir} holds an interrupted run of another configuration; give {started} to resume it. {advice}"
+        )
 
 
 def load_tokenizer(config: FinetuneConfig):
@@ -239,7 +241,7 @@ def noise_table(model: PeftModel, output_dir: Path) -> list[dict]:
     saved = load_file(output_dir / "adapter_model.safetensors")
     rows = []
     for row in model.noise_summary():
-        (logvar_D,) = (saved[key] for key in saved if key.endswith(f"{row['name']}.dip_projection.dip_logvar"))
+        logvar_D = saved[f"base_model.model.{row['name']}.dip_projection.dip_logvar"]
         rows.append({**row, "relative_std": (logvar_D / 2).exp().tolist()})
     return rows
 

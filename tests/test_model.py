@@ -1,4 +1,4 @@
-"""The adapter as a whole: architectures x kinds of weights x what PEFT promises, then calibration, noise and the card."""
+"""The adapter as a whole: architectures x kinds of weights x what PEFT promises; calibration, noise and the card."""
 
 import contextlib
 import copy
@@ -16,7 +16,7 @@ import dipnet_hf
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.card import read_noise, write_model_card
 from dipnet_hf.projection import DipProjection
-from tests.tiny_models import CAUSAL, NUM_LAYERS, build, make_batch
+from tests.tiny_models import NUM_LAYERS, build, make_batch
 
 NAMES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "vit"]
 IA3_TARGETS = {
@@ -45,8 +45,9 @@ WEIGHTS = {
     "full": lambda name: "full",
     "frozen": lambda name: "frozen",
 }
-# OFT has no layer for the Conv1D of GPT-2.
-MATRIX = [(name, weights) for name in NAMES for weights in WEIGHTS if (name, weights) != ("gpt2", "oft")]
+# OFT has no layer for the Conv1D of GPT-2, and DoRA none for experts.
+NOT_IN_PEFT = [("gpt2", "oft"), ("qwen3_moe", "dora")]
+MATRIX = [(name, weights) for name in NAMES for weights in WEIGHTS if (name, weights) not in NOT_IN_PEFT]
 matrix = pytest.mark.parametrize(("name", "weights"), MATRIX, ids=map("-".join, MATRIX))
 
 # PEFT's own advice about bias and tied weights, and ours about disabling weights="full".
@@ -57,6 +58,7 @@ def dip_model(name="llama", weights="lora", **fields):
     """A calibrated model in eval mode."""
     model = build(name)
     batch = make_batch(name)
+    torch.manual_seed(0)
     config = DipConfig(weights=WEIGHTS[weights](name), **{"init_noise_std": 0.1, **fields})
     calibration = None if config.noise_scale == "absolute" else [batch]
     return get_dip_model(model, config, calibration=calibration).eval()
@@ -97,7 +99,7 @@ def no_dropout(model):
 
 
 def eps_by_site(model, batch, seed=0):
-    """The standard normal noise of one forward: what every projection adds, in units of its std. Variances are uniform."""
+    """The standard normal noise of one forward, by site: what a projection adds, in units of its std."""
     eps = {}
 
     def keep(projection, args, output):
@@ -169,12 +171,13 @@ def test_saves_and_loads_the_same(name, weights, tmp_path):
 
     for arguments in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}):
         loaded = PeftModel.from_pretrained(build(name), str(tmp_path), **arguments)
-        assert not loaded.training and not loaded.needs_calibration
-        assert_same(loaded, model, name)
+        assert not loaded.needs_calibration
+        assert_same(loaded.eval(), model, name)
         assert loaded.noise_summary() == model.noise_summary()
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         found = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
-        assert found == (trainable if arguments.get("is_trainable") else set())
+        biases = {name for name in found if "bias" in name}  # PEFT leaves them trainable
+        assert found == (trainable if arguments.get("is_trainable") else biases)
 
 
 @matrix
@@ -186,9 +189,8 @@ def test_merging_leaves_the_plain_network(name, weights):
     plain = build(name)
     assert type(merged) is type(plain) and not isinstance(merged, PeftModel)
     assert torch.allclose(logits(merged, batch), expected, atol=1e-5)
-    assert {key: tensor.shape for key, tensor in merged.state_dict().items() if not key.endswith("q_proj.bias")} == {
-        key: tensor.shape for key, tensor in plain.state_dict().items() if not key.endswith("q_proj.bias")
-    }
+    shapes = {key: tensor.shape for key, tensor in plain.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in merged.state_dict().items()} == shapes
     assert_no_trace(merged)
     merged.train()
     with torch.no_grad():
@@ -224,6 +226,7 @@ def test_sites_inside_adapters_round_trip(tmp_path, target_sites):
 EXPORTED = ["lora", "lora_and_head", "dora", "rslora", "ia3", "oft"]
 LOAD_EXPORTS = """
 import sys, torch
+from pathlib import Path
 from peft import AutoPeftModelForCausalLM
 root = Path(sys.argv[1])
 batch = torch.load(root / "batch.pt")
@@ -245,7 +248,7 @@ def test_exported_weights_load_without_this_package(tmp_path):
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         model.export_weights_adapter(tmp_path / weights)
         expected[weights] = logits(model)
-        assert_same(model, trained("llama", weights))  # exporting changes nothing
+        assert_same(model, trained("llama", weights))  # exporting has changed nothing
     command = [sys.executable, "-c", LOAD_EXPORTS, str(tmp_path), *EXPORTED]
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -265,7 +268,7 @@ def test_there_is_nothing_to_export(tmp_path, weights):
 
 @pytest.fixture
 def two_adapters(tmp_path):
-    """A LoRA adapter with noise at the layers, and one with noise alone, at the MLPs: as saved, and as loaded alone."""
+    """A folder with a LoRA adapter, noise at the layers, and one of noise alone, at the MLPs; and the two models."""
     base = tmp_path / "base"
     build("llama").save_pretrained(base)
     models = {"first": trained("llama", "lora"), "second": trained("llama", "frozen", target_sites="mlp")}
@@ -322,8 +325,9 @@ def test_an_adapter_added_beside_another_starts_as_the_base_model():
 
 def test_deleting_the_only_adapter_leaves_no_noise():
     model = trained(weights="frozen")
-    model.delete_adapter("default")
-    assert torch.equal(logits(model.train()), logits(build("llama")))
+    base = model.get_base_model()
+    model.delete_adapter("default")  # PEFT's own forward then misses its adapter
+    assert torch.equal(logits(base.train()), logits(build("llama")))
 
 
 @pytest.mark.parametrize(("held", "added"), [("frozen", "full"), ("full", "frozen"), ("lora", "full")])
@@ -614,19 +618,20 @@ def test_the_card_says_what_the_adapter_is(tmp_path):
 
 def test_the_card_keeps_what_was_written_by_hand(tmp_path):
     model = trained()
-    model.save_pretrained(tmp_path)
     card = tmp_path.joinpath("README.md")
-    card.write_text(card.read_text().replace("---\n\n", "---\n\nAbove, by hand.\n\n", 1) + "\nBelow, by hand.\n")
-    write_model_card(tmp_path, training_data="some problems", metrics={"eval_nll": 1.23456})
-    first = card.read_text()
+    card.write_text("Above, by hand. [More Information Needed]\n")
     model.save_pretrained(tmp_path)
-    second = card.read_text()
-    assert "Training data: some problems" in first and "eval_nll: 1.2346" in first
-    for text in (first, second):
+    card.write_text(f"{card.read_text()}\nBelow, by hand.\n")
+    model.save_pretrained(tmp_path)
+    saved = card.read_text()
+    write_model_card(tmp_path, training_data="some problems", metrics={"eval_nll": 1.23456})
+    measured = card.read_text()
+    assert "- Training data: some problems\n- eval_nll: 1.2346\n" in measured
+    for text in (saved, measured):
         assert text.count("# DIPNet adapter") == text.count("## Learned noise") == text.count("import dipnet_hf") == 1
         assert text.index("Above, by hand.") < text.index("# DIPNet adapter") < text.index("Below, by hand.")
-    write_model_card(tmp_path, training_data="some problems", metrics={"eval_nll": 1.23456})
-    assert card.read_text() == first  # writing it again adds nothing
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == saved  # saving again adds nothing
 
 
 def test_layers_of_a_deep_model_are_in_their_order(tmp_path):

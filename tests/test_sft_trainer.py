@@ -7,6 +7,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11")
 from trl import SFTConfig
 
 from dipnet_hf import DipConfig, DipSFTTrainer, DipTrainer, dip_loss, get_dip_model
@@ -101,8 +103,9 @@ def test_only_the_completion_is_supervised(tokenizer, rows, tmp_path):
 
 def test_padding_free_rows_continue_their_boundaries(tokenizer, rows, tmp_path):
     """The flattened row is repeated once a sample, and the sequence boundaries go on where the last sample ended."""
-    from dipnet_hf.objective import expand_batch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from dipnet_hf.objective import expand_batch
 
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])

@@ -155,7 +155,7 @@ def test_channels_of_a_convolution_are_dimension_one():
         model(**batch)
     eps_BCHW = (seen[0] - seen[1]) / std_C[:, None, None]
 
-    # The variance of n standard normal values has a standard error of sqrt(2 / n), their covariance one of sqrt(1 / n).
+    # The variance of n standard normal values has a standard error of sqrt(2 / n), a covariance one of sqrt(1 / n).
     for dims in ((0, 2, 3), (0, 1)):  # the same std at every position, the channel's own in every channel
         variance = eps_BCHW.square().mean(dims)
         num_values = eps_BCHW.numel() / variance.numel()

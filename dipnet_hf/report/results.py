@@ -27,7 +27,7 @@ def settings(results: dict) -> dict:
 
 
 def _flatten(values: dict, prefix: str = "", only_numbers: bool = True) -> dict:
-    flat = {}
+    flat: dict = {}
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.", only_numbers)

@@ -1,5 +1,6 @@
 """Result files as text: one run's summary, and mean and spread over seeds."""
 
+from collections.abc import Sequence
 from statistics import mean, stdev
 
 from dipnet_hf.report.results import numbers, read_results, settings
@@ -27,17 +28,19 @@ def format_seeds(groups: dict[str, list[str]], metrics: tuple[str, ...] = ("eval
         metrics (`tuple[str, ...]`): dotted names, such as `gsm8k_local.exact_match`.
 
     Raises:
-        ValueError: the runs of a group differ in more than their seed, or lack a metric.
+        ValueError: a group is empty, its runs differ in more than their seed, or lack a metric.
     """
     rows = []
     for label, result_files in groups.items():
+        if not result_files:
+            raise ValueError(f"{label} has no result files; leave it out or check the pattern they were found by.")
         runs = [read_results(result_file) for result_file in result_files]
         _check_same_settings(label, runs)
         rows.append((label, str(len(runs)), *(_mean_and_spread(label, runs, name) for name in metrics)))
     return format_table(("run", "n", *metrics), rows)
 
 
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Align columns of text, the header above a rule."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]

@@ -37,6 +37,11 @@ def test_an_unknown_metric_lists_the_known_ones(write_results):
         format_seeds({"plain": [write_results("a", 2.0)]}, ("accuracy",))
 
 
+def test_a_group_without_files_is_named():
+    with pytest.raises(ValueError, match="plain has no result files"):
+        format_seeds({"plain": []})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="No result file at .*nothing.json"):
         format_seeds({"plain": [str(tmp_path / "nothing.json")]})

@@ -1,0 +1,176 @@
+"""What a DIPNet training step costs: time and peak memory against the same fine-tuning without DIPNet.
+
+    python benchmarks/step.py                    # all rows, table and benchmarks/results/step-<device>.json
+    python benchmarks/step.py --hidden 256 --pairs 3
+
+A step is forward, backward and optimizer inside transformers' Trainer, on one batch of random tokens. Time is measured
+in pairs: a plain step, then a DIPNet step, in one process, so that what else the machine does hits both; a row gives
+the median and the quartiles of the pairs' ratios. Peak memory is measured in a process of its own for each side, as
+what a step adds to the memory in use before the first one. Absolute times mean something on a GPU only.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dipnet_hf import DipConfig, DipTrainer, get_dip_model
+from dipnet_hf.report import provenance
+
+RESULTS = Path(__file__).parent / "results"
+NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH = 4, 8192, 4, 128
+MEMORY_STEPS = 3
+
+
+def main() -> None:
+    """Measure every row, print the table and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--pairs", type=int, default=15, help="timed pairs a row")
+    parser.add_argument("--memory-of", nargs=3, metavar=("HIDDEN", "WEIGHTS", "SAMPLES"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(peak_memory(int(args.memory_of[0]), args.memory_of[1], int(args.memory_of[2])))
+        return
+
+    cases = [(h, w, s) for h in args.hidden for w in args.weights for s in args.samples]
+    rows = []
+    for hidden, weights, samples in tqdm(cases, desc="cases"):
+        time_ratios = measure_time(hidden, weights, samples, args.pairs)
+        plain, dip = (memory_in_own_process(hidden, weights, s) for s in (0, samples))
+        quartiles = statistics.quantiles(time_ratios, n=4)
+        rows.append(
+            {
+                "hidden": hidden,
+                "weights": weights,
+                "num_samples": samples,
+                "time_ratio": statistics.median(time_ratios),
+                "time_ratio_quartiles": [quartiles[0], quartiles[2]],
+                "num_pairs": args.pairs,
+                "memory_ratio": dip / plain,
+                "plain_peak_mib": plain / 2**20,
+            }
+        )
+    print_table(rows)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = {"num_layers": NUM_LAYERS, "vocab_size": VOCAB_SIZE, "batch_size": BATCH_SIZE, "length": LENGTH}
+    path = RESULTS / f"step-{device}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"provenance": provenance(__file__, config, seed=0), "rows": rows}, indent=2) + "\n")
+    print(f"Written to {path}")
+
+
+def build(hidden: int, weights: str, samples: int) -> tuple[Trainer, dict[str, torch.Tensor]]:
+    """Build a trainer and its batch; `samples=0` is plain fine-tuning of the same weights."""
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    batch = {"input_ids": torch.randint(VOCAB_SIZE, (BATCH_SIZE, LENGTH))}
+    batch["labels"] = batch["input_ids"]
+    adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if weights == "lora" else "full"
+    if samples:
+        model = get_dip_model(model, DipConfig(weights=adapter, num_samples=samples), calibration=[batch])
+    elif weights == "lora":
+        model = get_peft_model(model, adapter)
+    arguments = TrainingArguments(
+        output_dir="runs/benchmark", report_to=[], bf16=torch.cuda.is_available(), disable_tqdm=True
+    )
+    trainer = (DipTrainer if samples else Trainer)(model, arguments)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer, {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+
+
+def step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> float:
+    """One training step; returns its seconds."""
+    synchronize()
+    start = time.perf_counter()
+    trainer.training_step(trainer.model, dict(batch), torch.tensor(batch["labels"][:, 1:].numel()))
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one to wait for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure_time(hidden: int, weights: str, samples: int, num_pairs: int) -> list[float]:
+    """The ratio DIPNet / plain of each timed pair of steps."""
+    plain, dip = build(hidden, weights, 0), build(hidden, weights, samples)
+    for _ in range(2):
+        step(*plain), step(*dip)
+    ratios = []
+    for pair in range(num_pairs):
+        if pair % 2:  # neither side is always the first
+            seconds_dip, seconds_plain = step(*dip), step(*plain)
+        else:
+            seconds_plain, seconds_dip = step(*plain), step(*dip)
+        ratios.append(seconds_dip / seconds_plain)
+    return ratios
+
+
+def memory_in_own_process(hidden: int, weights: str, samples: int) -> int:
+    """The bytes of `peak_memory`, measured in a fresh process."""
+    command = [sys.executable, __file__, "--memory-of", str(hidden), weights, str(samples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def peak_memory(hidden: int, weights: str, samples: int) -> int:
+    """Bytes at the peak of a training step, model and optimizer state included."""
+    if torch.cuda.is_available():
+        trainer, batch = build(hidden, weights, samples)
+        for _ in range(MEMORY_STEPS):
+            step(trainer, batch)
+        return torch.cuda.max_memory_allocated()
+    before = resident_bytes("VmRSS")
+    trainer, batch = build(hidden, weights, samples)
+    for _ in range(MEMORY_STEPS):
+        step(trainer, batch)
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """This process's resident memory, now (`VmRSS`) or at its peak (`VmHWM`). Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print one line a case."""
+    print(f"{'hidden':>7} {'weights':>8} {'S':>3}   time / plain (quartiles)   peak memory / plain")
+    for row in rows:
+        low, high = row["time_ratio_quartiles"]
+        print(
+            f"{row['hidden']:>7} {row['weights']:>8} {row['num_samples']:>3}   "
+            f"{row['time_ratio']:.3f} ({low:.3f}-{high:.3f})        {row['memory_ratio']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
