@@ -76,6 +76,7 @@ class DipModel(BaseTuner):
         self._forward_hook = model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._projections: list[DipProjection] = []
         self.switch = NoiseSwitch()
         self._memory = DrawMemory()
         self._antithetic = False
@@ -86,17 +87,17 @@ class DipModel(BaseTuner):
         config = self._dip_config(adapter_name)
         self._check_new_adapter_config(config)
         self._sites = {site.name: site for site in find_sites(model, config)}
-        attached = {name.removesuffix(".dip_projection"): module for name, module in self._named_projections()}
-        hosts = {name: model.get_submodule(name) for name in attached}
+        hosts = [model.get_submodule(projection.site.name) for projection in self._projections]
         if isinstance(config.weights, PeftConfig):
             with self._without_peft_config():
                 inject_adapter_in_model(
                     config.weights, model, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False)
                 )
-        for name, projection in attached.items():
-            if model.get_submodule(name) is not hosts[name]:  # the weights' adapter has wrapped the layer
-                projection.detach_from(hosts[name])
-                projection.attach(model.get_submodule(name))
+        for projection, host in zip(self._projections, hosts, strict=True):
+            wrapped = model.get_submodule(projection.site.name)
+            if wrapped is not host:  # the weights' adapter has wrapped the layer
+                projection.detach_from(host)
+                projection.attach(wrapped)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.weights == "full" and not config.inference_mode:
             model.requires_grad_(True)
@@ -133,6 +134,7 @@ class DipModel(BaseTuner):
             projection = DipProjection(self._sites[current_key], self.switch, self._memory)
             projection.train(target.training)
             projection.attach(target)
+            self._projections.append(projection)
         parameter = next(target.parameters(), None)
         projection.add_adapter(adapter_name, peft_config, None if parameter is None else parameter.device)
 
@@ -152,11 +154,8 @@ class DipModel(BaseTuner):
 
     # ---- adapters ----
 
-    def _named_projections(self) -> list[tuple[str, DipProjection]]:
-        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, DipProjection)]
-
     def _active_projections(self) -> list[DipProjection]:
-        return [projection for _, projection in self._named_projections() if projection.adapter is not None]
+        return [projection for projection in self._projections if projection.adapter is not None]
 
     def _dip_config(self, adapter_name: str) -> DipConfig:
         return cast(DipConfig, self.peft_config[adapter_name])
@@ -190,7 +189,15 @@ class DipModel(BaseTuner):
     # ---- noise ----
 
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Give every site its key. Runs once a forward pass, outside all that is recomputed."""
+        """Give every site its key, once a forward pass."""
+        node = None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
+        if node is not None:  # the whole model is recomputed in the backward pass; the sites recall their draws
+            if node.name() == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "The whole model is recomputed by a reentrant checkpoint, which hides from its layers which forward "
+                    "pass they repeat. Use use_reentrant=False, or checkpoint the layers."
+                )
+            return
         if self.switch.measuring:
             mask = kwargs.get("attention_mask")
             self.switch.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -198,7 +205,7 @@ class DipModel(BaseTuner):
         draws = self._new_draws(len(projections))
         for projection, draw in zip(projections, draws, strict=True):
             projection.begin_forward(draw)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             names = [projection.site.name for projection in projections]
             self._memory.remember(dict(zip(names, draws, strict=True)))
 
@@ -403,8 +410,8 @@ class DipModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
         self._forward_hook.remove()
-        for name, projection in self._named_projections():
-            projection.detach_from(self.model.get_submodule(name.removesuffix(".dip_projection")))
+        for projection in self._projections:
+            projection.detach_from(self.model.get_submodule(projection.site.name))
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
 

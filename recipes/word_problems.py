@@ -36,66 +36,67 @@ OPENINGS = (
     Template("{name} has {n} {things}."),
     Template("There are {n} {things} in the room of {name}."),
     Template("On Monday {name} has {n} {things}."),
-    Template("{name} has {n} {things} and finds {m} more.", (("n+m", "{name} finds {m}, so {eq} {things}."),)),
-    Template("{name} has {n} {things} and loses {m} of them.", (("n-m", "{name} loses {m}, so {eq} {things}."),)),
-    Template("{name} has {n} boxes with {m} {things} each.", (("n*m", "Boxes with {m}, so {eq} {things}."),)),
-    Template("{name} shares {n} {things} into {m} equal parts and keeps one.", (("n/m", "Into {m} equal parts, so {eq} {things}."),)),
+    Template("{name} has {n} {things} and finds {m} more.", (("n+m", "After {name} finds {m}: {eq} {things}."),)),
+    Template("{name} has {n} {things} and loses {m} of them.", (("n-m", "After {name} loses {m}: {eq} {things}."),)),
+    Template("{name} has {n} boxes with {m} {things} each.", (("n*m", "With {m} each: {eq} {things}."),)),
+    Template("{name} shares {n} {things} into {m} equal parts and keeps one.", (("n/m", "In {m} equal parts: {eq} {things}."),)),
 )
 
 
-def _changes(operation, result, *texts):
-    """Make templates that tell of one calculation in several ways; an answer's line repeats what happened before it calculates."""
-    return tuple(Template(text, ((f"x{operation}n", f"{result}, so {{eq}} {{things}}."),)) for text in texts)
+def _changes(operation, event, *texts):
+    """Make templates that tell of one event in several ways; the line of the answer repeats the event, then calculates."""
+    return tuple(Template(text, ((f"x{operation}n", f"{event}: {{eq}} {{things}}."),)) for text in texts)
 
 
 CHANGES = {
     "+": (
-        *_changes("+", "{name} buys {n}", "{name} buys {n} more {things}.", "Then {name} buys {n} {things}."),
-        *_changes("+", "{name} finds {n}", "{name} finds {n} {things} in a box.", "Then {name} finds {n} more."),
+        *_changes("+", "After {name} buys {n}", "{name} buys {n} more {things}.", "Then {name} buys {n} {things}."),
+        *_changes("+", "After {name} finds {n}", "{name} finds {n} {things} in a box.", "Then {name} finds {n} more."),
     ),
     "-": (
-        *_changes("-", "{name} gives {n}", "{name} gives {n} {things} to {friend}.", "Then {name} gives {n} of them to {friend}."),
-        *_changes("-", "{name} loses {n}", "{name} loses {n} of them.", "Then {name} loses {n} {things}."),
+        *_changes("-", "After {name} gives {n}", "{name} gives {n} {things} to {friend}.", "Then {name} gives {n} of them to {friend}."),
+        *_changes("-", "After {name} loses {n}", "{name} loses {n} of them.", "Then {name} loses {n} {things}."),
     ),
     "*": (
-        *_changes("*", "{name} trades each for {n}", "{name} trades each for {n} {things}.", "Then {name} trades each for {n} new {things}."),
-        *_changes("*", "{n} times as many", "A week later {name} has {n} times as many.", "Then there are {n} times as many."),
+        *_changes("*", "After {name} trades each for {n}", "{name} trades each for {n} {things}.", "Then {name} trades each for {n} new {things}."),
+        *_changes("*", "With {n} times as many", "A week later {name} has {n} times as many.", "Then there are {n} times as many."),
     ),
     "/": (
-        *_changes("/", "Into {n} equal parts", "{name} shares them into {n} equal parts and keeps one.", "Then {name} shares the {things} into {n} equal parts and keeps one."),
-        *_changes("/", "One of every {n}", "{name} keeps one of every {n} {things}.", "Then {name} keeps one of every {n}."),
+        *_changes("/", "In {n} equal parts", "{name} shares them into {n} equal parts and keeps one.", "Then {name} keeps one of {n} equal parts."),
+        *_changes("/", "With one of every {n}", "{name} keeps one of every {n} {things}.", "Then {name} keeps one of every {n}."),
     ),
 }
 
 UNSEEN_CHANGES = {
     "+": (
-        *_changes("+", "{name} buys {n}", "On Monday {name} buys new {things}, {n} of them."),
-        *_changes("+", "{name} finds {n}", "There are more {things} in the room: {name} finds {n}."),
+        *_changes("+", "After {name} buys {n}", "On Monday {name} buys new {things}, {n} of them."),
+        *_changes("+", "After {name} finds {n}", "There are more {things} in the room, and {name} finds {n}."),
     ),
     "-": (
-        *_changes("-", "{name} gives {n}", "{friend} has no {things}, so {name} gives {n} to {friend}."),
-        *_changes("-", "{name} loses {n}", "In a week {name} loses {n}."),
+        *_changes("-", "After {name} gives {n}", "{friend} has no {things}, and {name} gives {n} to {friend}."),
+        *_changes("-", "After {name} loses {n}", "A week later {name} loses {n} more {things}."),
     ),
     "*": (
-        *_changes("*", "{name} trades each for {n}", "{name} has a box and trades each for {n} more {things}."),
-        *_changes("*", "{n} times as many", "On Monday the {things} are {n} times as many."),
+        *_changes("*", "After {name} trades each for {n}", "On Monday {name} trades each of them for {n}."),
+        *_changes("*", "With {n} times as many", "On Monday the {things} are {n} times as many."),
     ),
     "/": (
-        *_changes("/", "Into {n} equal parts", "{name} and {friend} share them into {n} equal parts, and {name} keeps one."),
-        *_changes("/", "One of every {n}", "A week later {name} has one of every {n} {things}."),
+        *_changes("/", "In {n} equal parts", "{name} and {friend} share them into {n} equal parts, and {name} keeps one."),
+        *_changes("/", "With one of every {n}", "A week later {name} has one of every {n} {things}."),
     ),
 }
-
-TOGETHER = ("x+y", "Together {eq} {things}.")
 
 CLOSINGS = (
     Template("How many {things} does {name} have now?"),
     Template("How many {things} are there now?"),
-    Template("{name} sells each for {n} dollars. How many dollars does {name} get?", (("x*n", "{name} sells each for {n}, so {eq} dollars."),)),
-    Template("{name} puts {n} in each box. How many boxes are there?", (("x/n", "{name} puts {n}, so {eq} boxes."),)),
-    Template("{friend} has {n} more {things}. How many does {friend} have?", (("x+n", "{friend} has {n} more, so {eq} {things}."),)),
-    Template("{friend} has {n} fewer {things}. How many does {friend} have?", (("x-n", "{friend} has {n} fewer, so {eq} {things}."),)),
-    Template("{friend} has {n} more {things}. How many do they have together?", (("x+n", "{friend} has {n} more, so {eq} {things}."), TOGETHER)),
+    Template("{name} sells each for {n} dollars. How many dollars does {name} get?", (("x*n", "As {name} sells each for {n}: {eq} dollars."),)),
+    Template("{name} puts {n} in each box. How many boxes are there?", (("x/n", "As {name} puts {n} in each: {eq} boxes."),)),
+    Template("{friend} has {n} more {things}. How many does {friend} have?", (("x+n", "As {friend} has {n} more: {eq} {things}."),)),
+    Template("{friend} has {n} fewer {things}. How many does {friend} have?", (("x-n", "As {friend} has {n} fewer: {eq} {things}."),)),
+    Template(
+        "{friend} has {n} more {things}. How many do they have together?",
+        (("x+n", "As {friend} has {n} more: {eq} {things}."), ("x+y", "Together: {eq} {things}.")),
+    ),
 )
 
 NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Mia", "Sam", "Zoe", "Leo", "Ida", "Jim", "Kim")

@@ -138,3 +138,28 @@ def test_compiled_in_one_graph_with_the_same_noise(batch):
     assert not torch.equal(results[1][0][0], results[1][0][1])
     for eager, compiled in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(eager, compiled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_the_whole_model(batch, use_reentrant):
+    """Right without reentrancy; refused with it, because no layer can tell there which forward pass it repeats."""
+    inputs = {**batch, "use_cache": False}
+    results = []
+    for call in (lambda f, *args: f(*args), checkpoint):
+        model = dip_llama(batch)
+        embeddings = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+
+        def loss(inputs_embeds, model=model):
+            kept = {name: value for name, value in inputs.items() if name != "input_ids"}
+            return model(inputs_embeds=inputs_embeds, **kept).loss
+
+        torch.manual_seed(0)
+        options = {"use_reentrant": use_reentrant, "preserve_rng_state": False} if call is checkpoint else {}
+        total = call(loss, embeddings, **options) + call(loss, embeddings, **options).exp()
+        if use_reentrant and options:
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                total.backward()
+            return
+        results.append(gradients(model, total))
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient, results[1][name]), name
