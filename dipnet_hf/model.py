@@ -99,6 +99,8 @@ class DipModel(BaseTuner):
                 projection.detach_from(host)
                 projection.attach(wrapped)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # In the order of the modules, on which seeded draws depend, not in the order in which adapters came.
+        self._projections = [module for module in model.modules() if isinstance(module, DipProjection)]
         if config.weights == "full" and not config.inference_mode:
             model.requires_grad_(True)
 
@@ -134,7 +136,6 @@ class DipModel(BaseTuner):
             projection = DipProjection(self._sites[current_key], self.switch, self._memory)
             projection.train(target.training)
             projection.attach(target)
-            self._projections.append(projection)
         parameter = next(target.parameters(), None)
         projection.add_adapter(adapter_name, peft_config, None if parameter is None else parameter.device)
 

@@ -23,20 +23,25 @@ class EvaluationConfig:
     """What the trained model is scored on, by lm-evaluation-harness through `eval/scoring.py`.
 
     Args:
-        tasks (`list[str]`): tasks of `eval/tasks`, each scored on the dataset's `test` split; `[]` skips the scoring.
+        tasks (`dict` or `list[str]`): task of `eval/tasks` to a JSON Lines file of problems, null for the dataset's
+            `test` split; a list stands for tasks with null; `[]` skips the scoring.
         limit (`int`, *optional*): problems a task; all of them when null.
         batch_size (`int`): prompts generated at once.
         max_new_tokens (`int`): the longest answer.
     """
 
-    tasks: list[str] = field(default_factory=lambda: ["gsm8k_local"])
+    tasks: dict[str, str | None] | list[str] = field(default_factory=lambda: {"gsm8k_local": None})
     limit: int | None = None
     batch_size: int = 64
     max_new_tokens: int = 256
 
     def __post_init__(self):
-        if not isinstance(self.tasks, list):
-            raise ValueError(f"evaluation.tasks must be a list, got {self.tasks!r}; write [{self.tasks}].")
+        if isinstance(self.tasks, list):
+            self.tasks = dict.fromkeys(self.tasks)
+        if not isinstance(self.tasks, dict):
+            raise ValueError(
+                f"evaluation.tasks must be a list or a mapping, got {self.tasks!r}; write [{self.tasks}]."
+            )
         for name in ("limit", "batch_size", "max_new_tokens"):
             _require_positive(f"evaluation.{name}", getattr(self, name), optional=name == "limit")
 

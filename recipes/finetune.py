@@ -16,10 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
@@ -29,7 +29,7 @@ from dipnet_hf import DipTrainer, get_dip_model
 from dipnet_hf.report import format_summary, provenance
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
-from recipes.data import heldout_set, load_problems, make_collator, tokenize, training_set
+from recipes.data import heldout_set, load_problems, make_collator, read_problems, tokenize, training_set
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config)
     with training_args.main_process_first():
         problems, train_set, eval_set, counts = prepare_data(config, tokenizer)
+        task_sets = prepare_tasks(config, tokenizer)
 
     set_seed(training_args.seed)
     model = AutoModelForCausalLM.from_pretrained(
@@ -68,15 +69,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     if trainer.is_world_process_zero():
         write_inputs(output_dir, config, problems)
-    trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
-    evaluated = evaluate(trainer)
+    train(trainer, get_last_checkpoint(output_dir))
+    evaluated = evaluate(trainer, eval_set)
+    scores = {name: evaluate(trainer, task_set) for name, task_set in task_sets.items()}
     trainer.save_model(output_dir)
     if not trainer.is_world_process_zero():
         return
 
-    scores = score_model(model, tokenizer, config) if config.evaluation.tasks else {}
+    for name, numbers in score_model(model, tokenizer, config).items():
+        scores[name] = {**scores.get(name, evaluated), **numbers}
     results = {
-        "metrics": {**counts, "num_steps": trained.global_step, **trained.metrics, **evaluated},
+        "metrics": {**counts, "num_steps": trainer.state.global_step, **evaluated},
         "scores": scores,
         "log_history": trainer.state.log_history,
         "provenance": provenance(__file__, asdict(config), seed=training_args.seed),
@@ -144,6 +147,13 @@ def prepare_data(config: FinetuneConfig, tokenizer):
     return problems, train_set, eval_set, counts
 
 
+def prepare_tasks(config: FinetuneConfig, tokenizer) -> dict[str, Dataset]:
+    """Read and tokenize the problems of the tasks that bring a file of their own."""
+    files = {name: path for name, path in config.evaluation.tasks.items() if path is not None}
+    problems = {name: Dataset.from_list(read_problems(path)) for name, path in files.items()}
+    return {name: heldout_set(tokenize(rows, tokenizer), config.max_length)[0] for name, rows in problems.items()}
+
+
 def model_dtype(config: FinetuneConfig) -> torch.dtype | str:
     """Keep trained weights in float32, where small updates survive; an adapter's base stays as it was saved."""
     return torch.float32 if config.weights == "full" else "auto"
@@ -177,11 +187,26 @@ def mean_nll(prediction) -> dict[str, float]:
     return {"nll": total / num_tokens, "num_tokens": int(num_tokens)}
 
 
-def evaluate(trainer: Trainer) -> dict[str, float]:
-    """Measure the held-out NLL with the noise off; without a held-out set there is nothing to measure."""
-    if trainer.eval_dataset is None:
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    A run that was interrupted after its last step is only loaded: resumed at `max_steps` amid an epoch, the Trainer of
+    transformers 5.23 would train a step more.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def evaluate(trainer: Trainer, heldout) -> dict[str, float]:
+    """Measure the NLL of a held-out set with the noise off; without one there is nothing to measure."""
+    if heldout is None:
         return {}
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate(heldout)
     return {name: metrics[name] for name in ("eval_nll", "eval_num_tokens")}
 
 
@@ -189,7 +214,7 @@ def check_scoring(trainer: Trainer, config: FinetuneConfig, eval_set) -> None:
     """Refuse a scoring that could not run after the training."""
     if not config.evaluation.tasks:
         return
-    if eval_set is None:
+    if eval_set is None and None in config.evaluation.tasks.values():
         raise ValueError(f"{config.dataset} has no test split to score on; set evaluation.tasks=[].")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("A sharded model cannot generate; set evaluation.tasks=[] and score it with eval/run.py.")
@@ -217,14 +242,16 @@ def write_inputs(output_dir: Path, config: FinetuneConfig, problems: DatasetDict
         problems["test"].to_json(output_dir / "data" / "test.jsonl")
 
 
-def score_model(model, tokenizer, config: FinetuneConfig) -> dict:
-    """Score the noise-off model on the held-out problems, by generation."""
+def score_model(model, tokenizer, config: FinetuneConfig) -> dict[str, dict[str, float]]:
+    """Score the noise-off model on the problems of each task, by generation."""
     heldout = str(Path(config.training["output_dir"]) / "data" / "test.jsonl")
     evaluation = config.evaluation
+    if not evaluation.tasks:
+        return {}
     return score(
         model.eval(),
         tokenizer,
-        dict.fromkeys(evaluation.tasks, heldout),
+        {name: path or heldout for name, path in evaluation.tasks.items()},
         limit=evaluation.limit,
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,

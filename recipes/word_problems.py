@@ -39,7 +39,10 @@ OPENINGS = (
     Template("{name} has {n} {things} and finds {m} more.", (("n+m", "After {name} finds {m}: {eq} {things}."),)),
     Template("{name} has {n} {things} and loses {m} of them.", (("n-m", "After {name} loses {m}: {eq} {things}."),)),
     Template("{name} has {n} boxes with {m} {things} each.", (("n*m", "With {m} each: {eq} {things}."),)),
-    Template("{name} shares {n} {things} into {m} equal parts and keeps one.", (("n/m", "In {m} equal parts: {eq} {things}."),)),
+    Template(
+        "{name} shares {n} {things} into {m} equal parts and keeps one.",
+        (("n/m", "In {m} equal parts: {eq} {things}."),),
+    ),
 )
 
 
@@ -54,16 +57,41 @@ CHANGES = {
         *_changes("+", "After {name} finds {n}", "{name} finds {n} {things} in a box.", "Then {name} finds {n} more."),
     ),
     "-": (
-        *_changes("-", "After {name} gives {n}", "{name} gives {n} {things} to {friend}.", "Then {name} gives {n} of them to {friend}."),
+        *_changes(
+            "-",
+            "After {name} gives {n}",
+            "{name} gives {n} {things} to {friend}.",
+            "Then {name} gives {n} of them to {friend}.",
+        ),
         *_changes("-", "After {name} loses {n}", "{name} loses {n} of them.", "Then {name} loses {n} {things}."),
     ),
     "*": (
-        *_changes("*", "After {name} trades each for {n}", "{name} trades each for {n} {things}.", "Then {name} trades each for {n} new {things}."),
-        *_changes("*", "With {n} times as many", "A week later {name} has {n} times as many.", "Then there are {n} times as many."),
+        *_changes(
+            "*",
+            "After {name} trades each for {n}",
+            "{name} trades each for {n} {things}.",
+            "Then {name} trades each for {n} new {things}.",
+        ),
+        *_changes(
+            "*",
+            "With {n} times as many",
+            "A week later {name} has {n} times as many.",
+            "Then there are {n} times as many.",
+        ),
     ),
     "/": (
-        *_changes("/", "In {n} equal parts", "{name} shares them into {n} equal parts and keeps one.", "Then {name} keeps one of {n} equal parts."),
-        *_changes("/", "With one of every {n}", "{name} keeps one of every {n} {things}.", "Then {name} keeps one of every {n}."),
+        *_changes(
+            "/",
+            "In {n} equal parts",
+            "{name} shares them into {n} equal parts and keeps one.",
+            "Then {name} keeps one of {n} equal parts.",
+        ),
+        *_changes(
+            "/",
+            "With one of every {n}",
+            "{name} keeps one of every {n} {things}.",
+            "Then {name} keeps one of every {n}.",
+        ),
     ),
 }
 
@@ -81,7 +109,9 @@ UNSEEN_CHANGES = {
         *_changes("*", "With {n} times as many", "On Monday the {things} are {n} times as many."),
     ),
     "/": (
-        *_changes("/", "In {n} equal parts", "{name} and {friend} share them into {n} equal parts, and {name} keeps one."),
+        *_changes(
+            "/", "In {n} equal parts", "{name} and {friend} share them into {n} equal parts, and {name} keeps one."
+        ),
         *_changes("/", "With one of every {n}", "A week later {name} has one of every {n} {things}."),
     ),
 }
@@ -89,10 +119,21 @@ UNSEEN_CHANGES = {
 CLOSINGS = (
     Template("How many {things} does {name} have now?"),
     Template("How many {things} are there now?"),
-    Template("{name} sells each for {n} dollars. How many dollars does {name} get?", (("x*n", "As {name} sells each for {n}: {eq} dollars."),)),
-    Template("{name} puts {n} in each box. How many boxes are there?", (("x/n", "As {name} puts {n} in each: {eq} boxes."),)),
-    Template("{friend} has {n} more {things}. How many does {friend} have?", (("x+n", "As {friend} has {n} more: {eq} {things}."),)),
-    Template("{friend} has {n} fewer {things}. How many does {friend} have?", (("x-n", "As {friend} has {n} fewer: {eq} {things}."),)),
+    Template(
+        "{name} sells each for {n} dollars. How many dollars does {name} get?",
+        (("x*n", "As {name} sells each for {n}: {eq} dollars."),),
+    ),
+    Template(
+        "{name} puts {n} in each box. How many boxes are there?", (("x/n", "As {name} puts {n} in each: {eq} boxes."),)
+    ),
+    Template(
+        "{friend} has {n} more {things}. How many does {friend} have?",
+        (("x+n", "As {friend} has {n} more: {eq} {things}."),),
+    ),
+    Template(
+        "{friend} has {n} fewer {things}. How many does {friend} have?",
+        (("x-n", "As {friend} has {n} fewer: {eq} {things}."),),
+    ),
     Template(
         "{friend} has {n} more {things}. How many do they have together?",
         (("x+n", "As {friend} has {n} more: {eq} {things}."), ("x+y", "Together: {eq} {things}.")),
@@ -151,7 +192,9 @@ def generate_splits(seed, sizes):
         if split not in REGIMES:
             raise ValueError(f"Unknown split {split!r} in `sizes`; use {', '.join(REGIMES)}.")
         if size < 0:
-            raise ValueError(f"The size of split {split!r} must be 0 or more, got {size}; leave the split out to do without it.")
+            raise ValueError(
+                f"The size of split {split!r} must be 0 or more, got {size}; leave the split out to do without it."
+            )
     return {split: _generate(random.Random(f"{seed}/{split}"), REGIMES[split], size) for split, size in sizes.items()}
 
 
@@ -207,7 +250,10 @@ def _fill(template, x, n, m, largest_result):
 
 def _bucket(fillings):
     """Hash a problem's sentences and numbers into `NUM_BUCKETS`; Python's own `hash` of a string differs from process to process."""
-    return zlib.crc32(repr([(filling.template.text, filling.n, filling.m) for filling in fillings]).encode()) % NUM_BUCKETS
+    return (
+        zlib.crc32(repr([(filling.template.text, filling.n, filling.m) for filling in fillings]).encode())
+        % NUM_BUCKETS
+    )
 
 
 def _write(rng, fillings):

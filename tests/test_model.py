@@ -247,6 +247,7 @@ def test_exported_weights_load_without_this_package(tmp_path):
         model = trained("llama", weights)
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         model.export_weights_adapter(tmp_path / weights)
+        assert json.loads(tmp_path.joinpath(weights, "adapter_config.json").read_text())["inference_mode"]
         expected[weights] = logits(model)
         assert_same(model, trained("llama", weights))  # exporting has changed nothing
     command = [sys.executable, "-c", LOAD_EXPORTS, str(tmp_path), *EXPORTED]
@@ -268,10 +269,13 @@ def test_there_is_nothing_to_export(tmp_path, weights):
 
 @pytest.fixture
 def two_adapters(tmp_path):
-    """A folder with a LoRA adapter, noise at the layers, and one of noise alone, at the MLPs; and the two models."""
+    """A folder with an adapter of LoRA, a head and noise at two layers, and one of noise alone; and the two models."""
     base = tmp_path / "base"
     build("llama").save_pretrained(base)
-    models = {"first": trained("llama", "lora"), "second": trained("llama", "frozen", target_sites="mlp")}
+    models = {
+        "first": trained(weights="lora_and_head", layers_to_transform=[1, 2]),
+        "second": trained(weights="frozen"),
+    }
     for name, model in models.items():
         model.peft_config["default"].base_model_name_or_path = str(base)
         model.save_pretrained(tmp_path / name)
@@ -403,7 +407,7 @@ def test_calibration_measures_the_inputs_of_the_base_model(tiny_llama, batch, ta
     model = get_dip_model(tiny_llama, DipConfig(target_sites=target_sites, weights=LoraConfig()))
     assert model.needs_calibration
     model.train().calibrate([batch, other])
-    assert model.training and not model.needs_calibration
+    assert model.get_base_model().training and not model.needs_calibration
 
     base = build("llama")
     for row in model.noise_summary():
@@ -532,6 +536,11 @@ def test_contexts_nest_and_end_with_an_error():
         assert torch.equal(logits(model), noisy)
         raise KeyError("stop")
     assert torch.equal(logits(model), plain)
+    model.train()  # its draws follow the global generator again
+    torch.manual_seed(5)
+    noisy = logits(model)
+    torch.manual_seed(5)
+    assert torch.equal(logits(model), noisy)
 
 
 def test_generation(batch):

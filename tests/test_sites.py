@@ -196,6 +196,17 @@ def test_noise_enters_base_weight_and_adapter_alike(tiny_llama, batch, use_dora)
             assert torch.equal(layer(u), noisy)
 
 
+def test_sites_are_found_beneath_another_adapter(tiny_llama):
+    linears = expected_names(tiny_llama, CAUSAL["llama"], "linear")
+    model = get_dip_model(tiny_llama, dip_config(weights=LoraConfig(target_modules="all-linear")))
+    fields = {"linear": {"target_sites": "linear"}, "named": {"target_modules": ["up_proj", "embed_tokens"]}}
+    expected = {"linear": linears, "named": ["model.embed_tokens", *[name for name in linears if "up_proj" in name]]}
+    for adapter in fields:
+        model.add_adapter(adapter, dip_config(task_type="CAUSAL_LM", **fields[adapter]))
+        model.set_adapter(adapter)
+        assert [row["name"] for row in model.noise_summary()] == expected[adapter]
+
+
 def test_an_adapter_on_a_projected_layer_gets_its_noise(tiny_llama, batch):
     """The second adapter's LoRA wraps layers that already have a projection."""
     model = get_dip_model(tiny_llama, dip_config(target_sites="linear"))

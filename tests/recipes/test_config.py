@@ -80,7 +80,7 @@ def test_an_unquoted_no_is_a_strategy(load):
 
 def test_overrides_reach_the_top_and_the_evaluation(load):
     config = load("max_length=64", "evaluation.limit=3", "dip=null", "evaluation.tasks=[]")
-    assert (config.max_length, config.evaluation.limit, config.dip, config.evaluation.tasks) == (64, 3, None, [])
+    assert (config.max_length, config.evaluation.limit, config.dip, config.evaluation.tasks) == (64, 3, None, {})
 
 
 def test_an_override_makes_a_section_that_is_null(load):
@@ -121,7 +121,7 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
         (["dip.init_noise_std=much"], {}, "init_noise_std must be .*, got 'much'"),
         (["max_length=0"], {}, "max_length must be a positive integer, got 0"),
         (["evaluation.limit=0.5"], {}, "evaluation.limit must be a positive integer or null, got 0.5"),
-        (["evaluation.tasks=gsm8k_local"], {}, "evaluation.tasks must be a list"),
+        (["evaluation.tasks=gsm8k_local"], {}, "evaluation.tasks must be a list or a mapping"),
     ],
 )
 def test_mistakes_are_named(load, overrides, changes, message):

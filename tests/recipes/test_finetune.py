@@ -151,11 +151,13 @@ def test_a_finished_run_is_not_run_over(run):
 
 def test_an_interrupted_run_is_not_resumed_with_another_configuration(run):
     folder = run(max_steps=1)
+    eval_nll = read(folder)["metrics"]["eval_nll"]
     (folder / "results.json").unlink()
     with pytest.raises(ValueError, match="interrupted run of another configuration; give .*config.yaml to resume it"):
         run(max_steps=2)
     finetune.main([str(folder / "config.yaml")])
-    assert read(folder)["metrics"]["num_steps"] == 1
+    metrics = read(folder)["metrics"]
+    assert (metrics["num_steps"], metrics["eval_nll"]) == (1, eval_nll), "a trained model is not trained further"
 
 
 def test_data_without_a_test_split_trains_but_does_not_score(run, problems_folder):

@@ -1,0 +1,37 @@
+"""The README's example runs as it stands, on a tiny model in the place of the one it downloads."""
+
+import re
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_models import build
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    words = ["<pad>", *"Two and three are five . four six".split()]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path / "model")
+    build("llama").save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_the_example_ends_in_an_adapter_that_loads(folder, capsys, monkeypatch):
+    example = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "get_dip_model" in block)
+    monkeypatch.chdir(folder)
+    exec(example.replace("Qwen/Qwen2.5-0.5B", str(folder / "model")), {})
+    assert "'name': 'model.layers.0'" in capsys.readouterr().out
+    assert isinstance(PeftModel.from_pretrained(build("llama"), folder / "my-adapter"), PeftModel)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
