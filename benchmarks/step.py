@@ -22,8 +22,6 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from dipnet_hf import DipConfig, DipTrainer, get_dip_model
 from dipnet_hf.report import provenance
 

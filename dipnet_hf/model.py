@@ -195,8 +195,8 @@ class DipModel(BaseTuner):
         if node is not None:  # the whole model is recomputed in the backward pass; the sites recall their draws
             if node.name() == "CheckpointFunctionBackward":
                 raise RuntimeError(
-                    "The whole model is recomputed by a reentrant checkpoint, which hides from its layers which forward "
-                    "pass they repeat. Use use_reentrant=False, or checkpoint the layers."
+                    "The whole model is recomputed by a reentrant checkpoint, which hides from its layers which "
+                    "forward pass they repeat. Use use_reentrant=False, or checkpoint the layers."
                 )
             return
         if self.switch.measuring:

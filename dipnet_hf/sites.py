@@ -116,7 +116,7 @@ def _attention(layer: nn.Module) -> str | None:
 
 
 def _mlp(layer: nn.Module) -> str | None:
-    """The feed-forward block by its name; or else what the layer has as one: the first weight matrix past attention."""
+    """The feed-forward block by its name; or else what stands for it: the first weight matrix past attention."""
     candidates = [
         (name, type(child).__name__)
         for name, child in layer.named_children()
@@ -131,7 +131,8 @@ def _mlp(layer: nn.Module) -> str | None:
 
 
 def _linears(layer: nn.Module) -> list[tuple[str, tuple[int, int]]]:
-    return [(name, input_channels(module)) for name, module in _outside_adapters(layer) if name and _is_linear(module)]
+    widths = [(name, input_channels(module)) for name, module in _outside_adapters(layer) if _is_linear(module)]
+    return [(name, width) for name, width in widths if width is not None]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -140,7 +141,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The named modules, but nothing within an adapter layer: `q_proj`, but not `q_proj.lora_A` or `q_proj.base_layer`."""
+    """The named modules without those of an adapter: `q_proj`, but not `q_proj.lora_A` or `q_proj.base_layer`."""
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return [
         (name, module)
@@ -162,7 +163,7 @@ def _named_sites(model: nn.Module, config: DipConfig) -> list[Site]:
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}."
             + (f" The nearest names are {nearest}." if nearest else f" Its names are like {names[:10]}.")
         )
-    embedding = _embedding(model)
+    embedding: Any = _embedding(model)
     return [
         Site(name, embedding.weight.shape[1], at_output=True)
         if module is embedding

@@ -4,8 +4,8 @@
 
 A base learns one-step word problems. From it, for each seed, a plain run and a DIPNet run learn two- and three-step
 ones: same data, same order, same steps. Both are scored with lm-evaluation-harness on held-out problems and on three
-harder kinds. Nothing is downloaded. The folder runs/demo is made anew; it ends up with `results.json`, the loss curves,
-the learned noise, and a folder a run.
+harder kinds. Nothing is downloaded. The folder runs/demo is made anew; it ends up with `results.json`, the loss
+curves, the learned noise, and a folder a run.
 """
 
 import json

@@ -6,7 +6,7 @@ A problem is an opening, some changes to a running quantity `x`, and a closing q
 import operator
 import random
 import zlib
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -145,7 +145,8 @@ THINGS = ("apples", "pens", "books", "cards", "coins", "stamps", "cups", "shells
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 # The second number of a calculation: an opening's `m`, any other template's `n`.
-OPERANDS = {"+": range(2, 10), "-": range(2, 10), "*": range(2, 5), "/": range(2, 5)}
+OPERANDS = {"+": range(2, 6), "-": range(2, 6), "*": range(2, 4), "/": range(2, 4)}
+LARGEST_RESULT = 99
 NUM_BUCKETS = 8
 
 
@@ -153,19 +154,18 @@ class Regime(NamedTuple):
     """What a split's problems may be; `buckets` are the values of `_bucket` the split keeps."""
 
     num_steps: tuple[int, ...]
-    opening_numbers: range = range(2, 41)
-    largest_result: int = 99
+    opening_numbers: range = range(10, 41)
     changes: dict[str, tuple[Template, ...]] = CHANGES
     min_changes: int = 0
     buckets: range = range(NUM_BUCKETS)
 
 
 REGIMES = {
-    "pretrain": Regime(num_steps=(1,)),
+    "pretrain": Regime(num_steps=(1,), opening_numbers=range(2, 81)),
     "train": Regime(num_steps=(2, 3), buckets=range(1, NUM_BUCKETS)),
     "test": Regime(num_steps=(2, 3), buckets=range(1)),
     "test_more_steps": Regime(num_steps=(4, 5)),
-    "test_larger_numbers": Regime(num_steps=(2, 3), opening_numbers=range(41, 100), largest_result=199),
+    "test_larger_numbers": Regime(num_steps=(2, 3), opening_numbers=range(41, 81)),
     "test_unseen_templates": Regime(num_steps=(2, 3), changes=UNSEEN_CHANGES, min_changes=1),
 }
 
@@ -174,7 +174,7 @@ def generate_splits(seed, sizes):
     """Write the splits named in `sizes`; the same seed gives the same problems, and a larger size only appends to them.
 
     No two splits can share a problem, whatever the seed: `pretrain` (1 step), `test_more_steps` (4 or 5) and the others (2 or 3) differ in
-    their number of steps; `test_larger_numbers` opens with a larger number than any other split; every problem of `test_unseen_templates` has
+    their number of steps; `test_larger_numbers` opens with a larger number than any of those others; every problem of `test_unseen_templates` has
     a sentence that no other split uses; `train` and `test` share out the rest by a hash of a problem's sentences and numbers. Names and
     things are not hashed, so no test problem is a training problem told of somebody else.
 
@@ -217,7 +217,7 @@ def _draw(rng, regime):
     changes = [rng.choice(regime.changes[rng.choice("+-*/")]) for _ in range(num_changes)]
     fillings, x = [], None
     for template in (opening, *changes, closing):
-        choices = _fillings(template, x, regime.opening_numbers, regime.largest_result)
+        choices = _fillings(template, x, regime.opening_numbers)
         if not choices:
             return None
         fillings.append(rng.choice(choices))
@@ -225,23 +225,23 @@ def _draw(rng, regime):
     return fillings
 
 
-@lru_cache(maxsize=None)
-def _fillings(template, x, opening_numbers, largest_result):
-    """List the ways to fill a template whose results are all whole and in 1..`largest_result`; `x` is None for an opening."""
+@cache
+def _fillings(template, x, opening_numbers):
+    """List the ways to fill a template whose results are all whole and in 1..`LARGEST_RESULT`; `x` is None for an opening."""
     operands = OPERANDS[template.steps[0][0][1]] if template.steps else range(1)
     pairs = product(opening_numbers, operands) if x is None else product(operands, range(1))
-    fillings = (_fill(template, x, n, m, largest_result) for n, m in pairs)
+    fillings = (_fill(template, x, n, m) for n, m in pairs)
     return [filling for filling in fillings if filling is not None]
 
 
-def _fill(template, x, n, m, largest_result):
+def _fill(template, x, n, m):
     numbers = {"x": x, "n": n, "m": m}
     result = n if x is None else x
     equations = []
     for (left, operation, right), _ in template.steps:
         a, b = numbers[left], numbers[right]
         result = OPERATIONS[operation](a, b)
-        if not 1 <= result <= largest_result or (operation == "/" and a % b):
+        if not 1 <= result <= LARGEST_RESULT or (operation == "/" and a % b):
             return None
         equations.append(f"{a}{operation}{b}=<<{a}{operation}{b}={result}>>{result}")
         numbers["y"] = result

@@ -17,7 +17,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def folder(tmp_path):
-    words = ["<pad>", *"Two and three are five . four six".split()]
+    words = ["<pad>", *["Two", "and", "three", "are", "five", ".", "four", "six"]]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path / "model")
@@ -26,7 +26,9 @@ def folder(tmp_path):
 
 
 def test_the_example_ends_in_an_adapter_that_loads(folder, capsys, monkeypatch):
-    example = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "get_dip_model" in block)
+    example = next(
+        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "get_dip_model" in block
+    )
     monkeypatch.chdir(folder)
     exec(example.replace("Qwen/Qwen2.5-0.5B", str(folder / "model")), {})
     assert "'name': 'model.layers.0'" in capsys.readouterr().out
