@@ -38,7 +38,7 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
         embedding = _embedding(model)
         if embedding is None:
             raise ValueError(f"{type(model).__name__} has no input embedding. {_NAME_IT}")
-        return [Site(_name_of(model, embedding), embedding.weight.shape[1], at_output=True)]
+        return [_embedding_site(model, _name_of(model, embedding))]
 
     layers = _select(decoder_layers(model), config)
     if config.target_sites == "linear":
@@ -90,6 +90,10 @@ def _embedding(model: Any) -> Any:
     except NotImplementedError:
         return None
     return embedding if hasattr(embedding, "weight") else None
+
+
+def _embedding_site(model: Any, name: str) -> Site:
+    return Site(name, model.get_submodule(name).weight.shape[1], at_output=True)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -163,9 +167,9 @@ def _named_sites(model: nn.Module, config: DipConfig) -> list[Site]:
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}."
             + (f" The nearest names are {nearest}." if nearest else f" Its names are like {names[:10]}.")
         )
-    embedding: Any = _embedding(model)
+    embedding = _embedding(model)
     return [
-        Site(name, embedding.weight.shape[1], at_output=True)
+        _embedding_site(model, name)
         if module is embedding
         else Site(name, *(input_channels(module) or _hidden_size(model, name)))
         for name, module in matched
