@@ -67,7 +67,13 @@ def _section(folder, config: dict[str, Any], training_data: str | None, metrics:
         f"- Training data: {training_data or 'not recorded'}",
     ]
     lines += [f"- {name}: {value:.4f}" for name, value in (metrics or {}).items()]
-    lines += ["", "## Learned noise", "", f"Standard deviation, {config['noise_scale']} to each site's scale.", ""]
+    lines += [
+        "",
+        "## Learned noise",
+        "",
+        f"Standard deviation in units of each site's scale ({config['noise_scale']} noise).",
+        "",
+    ]
     lines += ["| site | scale | mean | min | max |", "|---|---|---|---|---|"]
     for name, row in read_noise(folder).items():
         std = row["std"]

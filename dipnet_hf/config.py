@@ -158,7 +158,6 @@ class DipConfig(PeftConfig):
             fields["weights"] = {
                 name: sorted(value) if isinstance(value, set) else value
                 for name, value in self.weights.to_dict().items()
-                if name != "runtime_config"
             }
         return fields
 

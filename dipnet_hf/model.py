@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
@@ -108,6 +108,11 @@ class DipModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if any(type(m).forward.__module__.startswith("unsloth") for m in self.model.modules()):
             raise ValueError("Unsloth rewrites the layers' forward, so noise never runs. Load the model without it.")
+        if isinstance(config.weights, PeftConfig) and _keeps_state(config.weights):
+            raise ValueError(
+                f"weights={type(config.weights).__name__}(...) keeps state on a tuner of its own, and a model has one "
+                "tuner. Use a method whose state is in its layers, such as LoraConfig or IA3Config."
+            )
         if config.weights == "full":
             if len(self.peft_config) > 1:
                 raise ValueError('weights="full" changes the base weights, so it cannot be one adapter of several.')
@@ -271,7 +276,7 @@ class DipModel(BaseTuner):
         if self.active_dip_config.noise_scale == "absolute":
             raise ValueError('noise_scale="absolute" has nothing to calibrate: its scale is 1.')
         device = next(self.model.parameters()).device
-        was_training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         for projection in self._active_projections():
             projection.pop_measured()  # what a calibration that failed has left
@@ -286,7 +291,8 @@ class DipModel(BaseTuner):
                         self.model(**{name: value for name, value in batch.items() if name != "labels"})
         finally:
             self.switch.measuring = False
-            self.model.train(was_training)
+            for module, training in modes:
+                module.training = training
         self._set_scales(device)
 
     def _set_scales(self, device: torch.device) -> None:
@@ -342,23 +348,20 @@ class DipModel(BaseTuner):
             # Tied weights appear under one name, as in `named_parameters`.
             names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
             return {name: tensor for name, tensor in state_dict.items() if name in names}
-        weights_tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.weights.peft_type]
-        selected = weights_tuner._get_adapter_state_dict(
+        return _tuner_of(config.weights)._get_adapter_state_dict(
             model=model,
             config=config.weights,
             adapter_name=adapter_name,
             state_dict=state_dict,
             unwanted_adapter_names=unwanted_adapter_names,
         )
-        return selected | {name: tensor for name, tensor in state_dict.items() if "dip_projection" in name}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         if isinstance(config.weights, str):
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         else:
-            weights_tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.weights.peft_type]
-            remapped = weights_tuner._remap_adapter_state_dict_for_load(
+            remapped = _tuner_of(config.weights)._remap_adapter_state_dict_for_load(
                 model=model, config=config.weights, adapter_name=adapter_name, state_dict=state_dict
             )
         _check_fits(model, config, adapter_name, remapped)
@@ -414,6 +417,14 @@ class DipModel(BaseTuner):
         for projection in self._projections:
             projection.detach_from(self.model.get_submodule(projection.site.name))
         return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+def _tuner_of(config: PeftConfig) -> type[BaseTuner]:
+    return PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, config.peft_type)]
+
+
+def _keeps_state(config: PeftConfig) -> bool:
+    return _tuner_of(config).uses_shared_state or config.peft_type == "ADALORA"
 
 
 def _check_fits(model: nn.Module, config: DipConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

@@ -71,8 +71,10 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     for root in (decoder, model):
         if root is None:
             continue
-        for _, module in root.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+        lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+        for name, module in lists:
+            inside_another = any(name.startswith(f"{outer}.") for outer, _ in lists)
+            if len(module) == num_layers and not inside_another:
                 stack = _name_of(model, module)
                 return [(f"{stack}.{i}", layer) for i, layer in enumerate(module)]
     raise ValueError(f"No stack of {num_layers} layers was found in {type(model).__name__}. {_NAME_IT}")

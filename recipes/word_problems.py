@@ -1,6 +1,7 @@
 """Grade-school word problems in GSM8K's own format, written by a seeded generator: the demo's reasoning task.
 
-A problem is an opening, some changes to a running quantity `x`, and a closing question. Standard library only; files and tokens live elsewhere.
+A problem is an opening, some changes to a running quantity `x`, and a closing question. Standard library only; files
+and tokens live elsewhere.
 """
 
 import operator
@@ -14,8 +15,9 @@ from typing import NamedTuple
 class Template(NamedTuple):
     """Some sentences of a problem, and the calculations they ask for.
 
-    `steps` holds pairs (calculation, line of the answer). A calculation joins two letters by one operation: `x` the running quantity,
-    `n` and `m` this template's own numbers, `y` the result of its first step. The last result becomes the next `x`.
+    `steps` holds pairs (calculation, line of the answer). A calculation joins two letters by one operation: `x` the
+    running quantity, `n` and `m` this template's own numbers, `y` the result of its first step. The last result
+    becomes the next `x`.
     """
 
     text: str
@@ -47,7 +49,7 @@ OPENINGS = (
 
 
 def _changes(operation, event, *texts):
-    """Make templates that tell of one event in several ways; the line of the answer repeats the event, then calculates."""
+    """Make templates that tell of one event in several ways; the answer's line repeats the event, then calculates."""
     return tuple(Template(text, ((f"x{operation}n", f"{event}: {{eq}} {{things}}."),)) for text in texts)
 
 
@@ -171,12 +173,13 @@ REGIMES = {
 
 
 def generate_splits(seed, sizes):
-    """Write the splits named in `sizes`; the same seed gives the same problems, and a larger size only appends to them.
+    """Write the splits named in `sizes`; the same seed gives the same problems, and a larger size only adds to them.
 
-    No two splits can share a problem, whatever the seed: `pretrain` (1 step), `test_more_steps` (4 or 5) and the others (2 or 3) differ in
-    their number of steps; `test_larger_numbers` opens with a larger number than any of those others; every problem of `test_unseen_templates` has
-    a sentence that no other split uses; `train` and `test` share out the rest by a hash of a problem's sentences and numbers. Names and
-    things are not hashed, so no test problem is a training problem told of somebody else.
+    No two splits can share a problem, whatever the seed. `pretrain` (1 step), `test_more_steps` (4 or 5) and the
+    others (2 or 3) differ in their number of steps. Of these others, `test_larger_numbers` opens with a larger number
+    than the rest, and each problem of `test_unseen_templates` has a sentence that no other split uses. `train` and
+    `test` are told apart by a hash of a problem's sentences and numbers, whatever its names and things: no test
+    problem is a training problem told of somebody else.
 
     Args:
         seed (`int`): what the problems are a function of.
@@ -227,7 +230,7 @@ def _draw(rng, regime):
 
 @cache
 def _fillings(template, x, opening_numbers):
-    """List the ways to fill a template whose results are all whole and in 1..`LARGEST_RESULT`; `x` is None for an opening."""
+    """List a template's fillings whose results are all whole and in 1..`LARGEST_RESULT`; an opening has no `x` yet."""
     operands = OPERANDS[template.steps[0][0][1]] if template.steps else range(1)
     pairs = product(opening_numbers, operands) if x is None else product(operands, range(1))
     fillings = (_fill(template, x, n, m) for n, m in pairs)
@@ -249,11 +252,9 @@ def _fill(template, x, n, m):
 
 
 def _bucket(fillings):
-    """Hash a problem's sentences and numbers into `NUM_BUCKETS`; Python's own `hash` of a string differs from process to process."""
-    return (
-        zlib.crc32(repr([(filling.template.text, filling.n, filling.m) for filling in fillings]).encode())
-        % NUM_BUCKETS
-    )
+    """Hash a problem's sentences and numbers; Python's own `hash` of a string differs from process to process."""
+    sentences = [(filling.template.text, filling.n, filling.m) for filling in fillings]
+    return zlib.crc32(repr(sentences).encode()) % NUM_BUCKETS
 
 
 def _write(rng, fillings):

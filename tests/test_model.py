@@ -9,7 +9,16 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 
 import dipnet_hf
@@ -210,6 +219,8 @@ def test_unload_gives_the_base_model_back():
     unloaded = model.unload()
     assert_no_trace(unloaded)
     assert torch.equal(logits(unloaded), logits(build("llama")))
+    again = get_dip_model(unloaded, DipConfig(), calibration=[make_batch("llama")])
+    assert_same(again, dip_model(weights="frozen", init_noise_std=0.05))
 
 
 @pytest.mark.parametrize("target_sites", ["linear", "embedding"])
@@ -391,6 +402,21 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path, weights, shape):
         PeftModel.from_pretrained(build("llama", **shape), str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "weights", [AdaLoraConfig(total_step=10, target_modules=["q_proj"]), VeraConfig()], ids=["adalora", "vera"]
+)
+def test_weights_that_need_a_tuner_of_their_own_are_refused(weights):
+    with pytest.raises(ValueError, match="keeps state on a tuner of its own"):
+        get_dip_model(build("llama"), DipConfig(weights=weights))
+
+
+def test_calibration_leaves_every_module_in_its_mode(tiny_llama, batch):
+    model = get_dip_model(tiny_llama, DipConfig()).train()
+    frozen = model.get_base_model().model.layers[1].eval()
+    model.calibrate([batch])
+    assert model.training and not frozen.training
+
+
 def test_the_config_given_is_not_changed():
     config = DipConfig(weights=LoraConfig(target_modules="all-linear"))
     before = copy.deepcopy(config)
@@ -532,6 +558,7 @@ def test_contexts_nest_and_end_with_an_error():
         noisy = logits(model)
         with model.deterministic():
             assert torch.equal(logits(model), plain)
+        assert not torch.equal(logits(model), plain)
     with pytest.raises(KeyError, match="stop"), model.sampling(seed=0):
         assert torch.equal(logits(model), noisy)
         raise KeyError("stop")

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.config import TARGET_SITES
+from dipnet_hf.sites import find_sites
 from tests.tiny_models import ARCHITECTURES, CAUSAL, HIDDEN_SIZE, NUM_LAYERS, build, make_batch
 
 STD = 0.1
@@ -199,6 +200,7 @@ def test_noise_enters_base_weight_and_adapter_alike(tiny_llama, batch, use_dora)
 def test_sites_are_found_beneath_another_adapter(tiny_llama):
     linears = expected_names(tiny_llama, CAUSAL["llama"], "linear")
     model = get_dip_model(tiny_llama, dip_config(weights=LoraConfig(target_modules="all-linear")))
+    assert [site.name for site in find_sites(model.get_base_model(), DipConfig(target_sites="linear"))] == linears
     fields = {"linear": {"target_sites": "linear"}, "named": {"target_modules": ["up_proj", "embed_tokens"]}}
     expected = {"linear": linears, "named": ["model.embed_tokens", *[name for name in linears if "up_proj" in name]]}
     for adapter in fields:
