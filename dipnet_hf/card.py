@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 _BEGIN, _END = "<!-- dipnet_hf begin -->", "<!-- dipnet_hf end -->"
 
@@ -88,12 +88,13 @@ def read_noise(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
         `dict`: by site name, `scale` (a float) and `std` (a list with one value a channel, in units of the scale).
     """
     noise: dict[str, dict[str, Any]] = {}
-    for key, tensor in load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)).items():
-        site, found, parameter = key.removeprefix("base_model.model.").rpartition(".dip_projection.")
-        if found and parameter == "dip_logvar":
-            noise.setdefault(site, {})["std"] = [math.exp(v / 2) for v in tensor.tolist()]
-        elif found and parameter == "dip_scale":
-            noise.setdefault(site, {})["scale"] = float(tensor)
+    with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        for key in list(file.keys()):  # full weights lie in the same file: read only what is needed
+            site, found, parameter = key.removeprefix("base_model.model.").rpartition(".dip_projection.")
+            if found and parameter == "dip_logvar":
+                noise.setdefault(site, {})["std"] = [math.exp(v / 2) for v in file.get_tensor(key).tolist()]
+            elif found and parameter == "dip_scale":
+                noise.setdefault(site, {})["scale"] = float(file.get_tensor(key))
     return {site: noise[site] for site in sorted(noise, key=_by_layer)}
 
 

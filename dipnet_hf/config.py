@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.config import PromptLearningConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .card import write_model_card
 from .objective import kl_weights
@@ -164,7 +166,12 @@ class DipConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write `adapter_config.json` and bring the folder's model card up to date."""
         super().save_pretrained(save_directory, **kwargs)
-        write_model_card(save_directory)
+        self.update_model_card(save_directory)
+
+    def update_model_card(self, save_directory: str) -> None:
+        """Bring the model card of a saved adapter up to date; a folder without its weights has none."""
+        if os.path.exists(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
+            write_model_card(save_directory)
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...], also: str | None = None) -> None:

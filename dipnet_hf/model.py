@@ -16,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from . import objective
 from .config import DipConfig
@@ -40,7 +41,7 @@ def get_dip_model(
 
     Raises:
         TypeError: `model` or `config` is of another kind.
-        ValueError: `config` does not fit the model; nothing has been changed then.
+        ValueError: `config` does not fit the model, which is unchanged then; or calibration fails, see `calibrate`.
     """
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
         raise TypeError(
@@ -80,13 +81,14 @@ class DipModel(BaseTuner):
         self.switch = NoiseSwitch()
         self._memory = DrawMemory()
         self._antithetic = False
-        self._seeded_key: torch.Tensor | None = None
+        self._seeded: tuple[torch.Tensor, torch.Tensor] | None = None  # the seed and the number of the forward pass
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
         config = self._dip_config(adapter_name)
         self._check_new_adapter_config(config)
         self._sites = {site.name: site for site in find_sites(model, config)}
+        self._check_sites(config)
         hosts = [model.get_submodule(projection.site.name) for projection in self._projections]
         if isinstance(config.weights, PeftConfig):
             with self._without_peft_config():
@@ -113,6 +115,10 @@ class DipModel(BaseTuner):
                 f"weights={type(config.weights).__name__}(...) keeps state on a tuner of its own, and a model has one "
                 "tuner. Use a method whose state is in its layers, such as LoraConfig or IA3Config."
             )
+        if getattr(self.model, "_tp_size", None) not in (None, 1):
+            raise ValueError(
+                "Tensor parallelism is not supported: its ranks would draw different noise for one token."
+            )
         if config.weights == "full":
             if len(self.peft_config) > 1:
                 raise ValueError('weights="full" changes the base weights, so it cannot be one adapter of several.')
@@ -120,6 +126,22 @@ class DipModel(BaseTuner):
                 raise ValueError('weights="full" cannot train a quantized model. Use weights=LoraConfig(...).')
         elif any(self._dip_config(name).weights == "full" for name in self.peft_config):
             raise ValueError('The model holds an adapter with weights="full", which has changed the base weights.')
+
+    def _check_sites(self, config: DipConfig) -> None:
+        """PEFT copies the modules that it trains and saves as a whole; a projection in one would be copied with it."""
+        tokens = getattr(config.weights, "trainable_token_indices", None) or ()
+        saved = [
+            *(getattr(config.weights, "modules_to_save", None) or ()),
+            *(tokens if isinstance(tokens, dict) else ()),
+        ]
+        if tokens and not isinstance(tokens, dict):
+            saved.append("embed_tokens")
+        parts = {name.rpartition(".")[2] for name in saved}
+        if inside := [name for name in self._sites if parts & set(name.split("."))]:
+            raise ValueError(
+                f"The sites {inside} lie in modules that the weights' config trains as a whole ({saved}). Choose "
+                "other sites, or take these modules out of modules_to_save and trainable_token_indices."
+            )
 
     def _prepare_adapter_config(self, peft_config: DipConfig, model_config: dict) -> DipConfig:
         return peft_config
@@ -211,17 +233,21 @@ class DipModel(BaseTuner):
         draws = self._new_draws(len(projections))
         for projection, draw in zip(projections, draws, strict=True):
             projection.begin_forward(draw)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._memory.blind = True
+        else:
             names = [projection.site.name for projection in projections]
             self._memory.remember(dict(zip(names, draws, strict=True)))
 
     def _new_draws(self, num_sites: int) -> list[Draw]:
         if num_sites == 0:
             return []
-        if self._seeded_key is None:
+        if self._seeded is None:
             forward_key = new_key()
         else:
-            forward_key = self._seeded_key = fold_in(self._seeded_key, 0)
+            seed, step = self._seeded
+            forward_key = fold_in(seed, step)
+            self._seeded = (seed, step + 1)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             forward_key = fold_in(forward_key, torch.distributed.get_rank())  # ranks are often seeded alike
         return [Draw(key, self._antithetic) for key in fold_in(forward_key, torch.arange(num_sites)).unbind()]
@@ -242,12 +268,13 @@ class DipModel(BaseTuner):
             seed (`int`, *optional*): the draws of the n-th forward in this context are a function of the seed, n and
                 the process's rank. Without it every forward draws a fresh key from PyTorch's global generator.
         """
-        previous, self._seeded_key = self._seeded_key, None if seed is None else torch.tensor(seed, dtype=torch.int64)
+        previous = self._seeded
+        self._seeded = None if seed is None else (torch.tensor(seed), torch.tensor(0))
         try:
             with self._switched(on=True):
                 yield
         finally:
-            self._seeded_key = previous
+            self._seeded = previous
 
     def deterministic(self) -> contextlib.AbstractContextManager[None]:
         """Noise off, in `train()` and in `eval()` (Algorithm 3)."""
@@ -327,6 +354,13 @@ class DipModel(BaseTuner):
             row = {"name": projection.site.name, "scale": float(projection.scale)}
             rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
         return rows
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the labels of position t are the targets of position t - 1, as for a causal language model."""
+        is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        loss_function = LOSS_MAPPING.get(str(getattr(self.model, "loss_type", None)))
+        return loss_function is ForCausalLMLoss and not is_encoder_decoder
 
     def logvars(self) -> list[nn.Parameter]:
         """The active adapter's log-variances, one a site."""
@@ -413,10 +447,12 @@ class DipModel(BaseTuner):
         weights.save_pretrained(str(save_directory))
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
+        hosts = [self.model.get_submodule(projection.site.name) for projection in self._projections]
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._forward_hook.remove()
-        for projection in self._projections:
-            projection.detach_from(self.model.get_submodule(projection.site.name))
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        for projection, host in zip(self._projections, hosts, strict=True):
+            projection.detach_from(host)
+        return model
 
 
 def _tuner_of(config: PeftConfig) -> type[BaseTuner]:

@@ -40,6 +40,8 @@ def fold_in(key: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
 def draw_noise(x: torch.Tensor, key: torch.Tensor, antithetic: bool = False) -> torch.Tensor:
     """Draw the standard normal noise that `key` stands for, float32, with the shape and on the device of `x`.
 
+    A device's generator takes what it can of the key: the CPU's the low 32 bits.
+
     With `antithetic`, the second half of the rows is the negative of the first.
 
     Raises:
@@ -135,8 +137,10 @@ def project(
         channel_dim (`int`): the dimension of `x` that `logvar` runs along.
 
     Raises:
-        ValueError: `logvar` and `x` disagree along `channel_dim`; the message gives both shapes.
+        ValueError: `logvar` and `x` disagree along `channel_dim` (both shapes are given); or `x` holds integers.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"Noise needs a floating-point input, got {x.dtype}: name another module as the site.")
     if logvar.numel() not in (1, x.shape[channel_dim]):
         raise ValueError(
             f"logvar has shape {tuple(logvar.shape)} but x has shape {tuple(x.shape)}: logvar must hold one value, or "

@@ -47,7 +47,7 @@ def prior_loss(logvars: Sequence[torch.Tensor], alpha: float, beta: float, reduc
         logvars (`Sequence[torch.Tensor]`): `ln(lambda)`, one vector a site.
         reduction (`str`): `"mean"`, or `"sum"`, the paper's own.
     """
-    logvar = torch.cat(tuple(logvars))
+    logvar = torch.cat([logvar.to(logvars[0].device) for logvar in logvars])
     # A zero weight drops its term instead of multiplying it: at zero variance 0 * inf would be NaN.
     terms = torch.zeros_like(logvar)
     if alpha:
@@ -66,6 +66,10 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
     """
     if num_samples == 1:
         return batch
+    if "labels" not in batch:
+        raise ValueError(
+            f"num_samples={num_samples} repeats the rows of `labels`, and the batch has only {sorted(batch)}."
+        )
     rows = batch["labels"].shape[0]
     expanded = dict(batch)
     for name, value in batch.items():
@@ -76,23 +80,33 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
             expanded[name] = torch.cat([starts + s * total for s in range(num_samples)] + [num_samples * total])
         elif value.shape[0] == rows:
             expanded[name] = value.repeat(num_samples, *[1] * (value.dim() - 1))
+        else:
+            raise ValueError(
+                f"num_samples={num_samples} repeats the rows of a batch, and {name} of shape {tuple(value.shape)} "
+                f"does not have one for each of the {rows} rows. Use num_samples=1."
+            )
     return expanded
 
 
-def align(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair each logit vector with its target: shifted by one for a sequence of tokens, as they are for classes."""
-    return (logits[:, :-1], labels[:, 1:]) if logits.dim() == 3 else (logits, labels)
+def supervised_logits(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select the supervised positions: logits of shape `(rows * N, V)` and their targets of shape `(rows * N,)`.
 
-
-def supervised_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select the supervised positions: logits of shape `(rows * N, V)` and their targets of shape `(rows * N,)`."""
-    logits, labels = align(logits, labels)
+    Args:
+        logits (`torch.Tensor`): of shape `(rows, L, V)`, or `(rows, V)` for classes.
+        labels (`torch.Tensor`): of the shape of `logits` without V, -100 where unsupervised.
+        shift (`bool`): the labels of position t are the targets of position t - 1.
+    """
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
     mask = labels != IGNORE_INDEX
     return logits[mask], labels[mask]
 
 
 def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tensor:
     """Eq. (4) before its weight: the unbiased variance over the S samples, summed over the supervised tokens.
+
+    Unbiased for independent samples. Antithetic pairs are not: for an f that is linear in the noise the expectation is
+    S / (S - 1) times the variance, and with one pair the even part of f is not seen. `antithetic=False` avoids both.
 
     Args:
         outputs_SN (`torch.Tensor` of shape `(S * N,)` or `(S * N, V)`): target log-probabilities or logits at the
@@ -129,8 +143,10 @@ def dip_loss(
     inputs = expand_batch(batch, samples)
     labels = inputs["labels"]
     with tuner.antithetic_pairs(config.antithetic and samples > 1):
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-    logits, targets = supervised_logits(outputs.logits, labels)
+        if tuner.shifts_labels:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**inputs)
+    logits, targets = supervised_logits(outputs.logits, labels, tuner.shifts_labels)
     log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
 
     num_tokens = targets.numel() // samples

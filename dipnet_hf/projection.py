@@ -41,11 +41,13 @@ class DrawMemory:
 
     A layer is recomputed within a backward pass, while the engine evaluates a node of the graph that the layer's
     forward pass built. Nodes are numbered as they are made, so the node's number tells which forward pass that was,
-    even if others have begun since.
+    even if others have begun since. (A reentrant checkpoint within another makes its nodes late: there the latest
+    forward pass is taken.)
     """
 
     def __init__(self) -> None:
         self._forwards: deque[tuple[int, dict[str, Draw | None]]] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
+        self.blind = False  # set by a compiled forward pass, which cannot be remembered
 
     def remember(self, draws: dict[str, Draw | None]) -> None:
         """Note the draws, by site name, of a forward pass that begins now; there are none while noise is off."""
@@ -60,6 +62,11 @@ class DrawMemory:
         """The draw that the site had in the forward pass that made `node`, None if noise was off."""
         number = node._sequence_nr()
         draws = next((draws for first_node, draws in reversed(self._forwards) if first_node <= number), None)
+        if self.blind:
+            raise RuntimeError(
+                f"Site '{name}' is recomputed in the backward pass of a compiled model, which does not tell which "
+                "draw to repeat. Project whole decoder layers, or switch compilation or checkpointing off."
+            )
         if draws is None or draws.get(name, "off") is None:
             raise RuntimeError(
                 f"Site '{name}' is recomputed in the backward pass, but it did not run exactly once in the model's "
@@ -207,7 +214,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
         mask = self.switch.token_mask
         if mask is not None and x.shape[: mask.dim()] == mask.shape:
             x = x[mask.bool()]
-        self._measured += torch.stack([x.double().square().sum().cpu(), torch.tensor(x.numel())])
+        self._measured += torch.stack([x.float().square().sum().cpu(), torch.tensor(x.numel())])
 
     def pop_measured(self) -> torch.Tensor:
         """The sum of squares and the number of values measured since the last call, float64 of shape `(2,)`."""

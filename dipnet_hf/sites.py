@@ -66,11 +66,15 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     Raises:
         ValueError: there is no such stack.
     """
-    num_layers = getattr(_text_config(model), "num_hidden_layers", None)
+    config = _text_config(model)
+    num_layers = getattr(config, "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    for root in (decoder, model):
-        if root is None:
-            continue
+    if getattr(config, "is_encoder_decoder", False):
+        num_layers = getattr(config, "num_decoder_layers", num_layers)
+        roots = [decoder]
+    else:
+        roots = [decoder, model]
+    for root in (root for root in roots if root is not None):
         lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
         for name, module in lists:
             inside_another = any(name.startswith(f"{outer}.") for outer, _ in lists)

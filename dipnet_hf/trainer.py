@@ -36,6 +36,11 @@ class DipTrainerMixin(_Base):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._tuner()
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"DataParallel over {self.args.n_gpu} GPUs is not supported: start one process a GPU with "
+                "`accelerate launch` or `torchrun`."
+            )
         self._term_sums: torch.Tensor | None = None  # since the last log
         self._first_step_of_sums = 0
 
@@ -54,7 +59,10 @@ class DipTrainerMixin(_Base):
         return super().train(*args, **kwargs)
 
     def _calibrate(self) -> None:
-        with torch.random.fork_rng(devices=[]):  # the training run draws what it would have drawn without this
+        with (
+            self.accelerator.autocast(),
+            torch.random.fork_rng(devices=[]),
+        ):  # the training run draws what it would have drawn without this
             loader = self.get_train_dataloader()
             self._tuner().calibrate(itertools.islice(loader, _NUM_CALIBRATION_BATCHES))
         # A loader that was left before its end still counts as being read.
@@ -85,17 +93,19 @@ class DipTrainerMixin(_Base):
         config = tuner.active_dip_config
         samples = config.num_samples
         inputs = expand_batch(inputs, samples)
-        labels = inputs["labels"]
+        labels = inputs.get("labels")
         num_rows_items = None if num_items_in_batch is None else num_items_in_batch * samples
         with tuner.antithetic_pairs(config.antithetic and samples > 1):
             nll, outputs = self._data_loss(model, inputs, num_rows_items)
         prior = tuner.prior_loss()
-        if num_items_in_batch is not None:  # the losses of the accumulated batches are then added, not averaged
+        if self._losses_are_added(num_items_in_batch):
             prior = prior / self.current_gradient_accumulation_steps
         stability = nll.new_zeros(())
         if config.stability_loss_weight:
             stability = config.stability_loss_weight * self._stability(outputs, labels, num_items_in_batch)
-        self._record(nll, prior, stability, num_items_in_batch)
+        self._record(
+            torch.stack([term.detach().float().to(nll.device) for term in (nll, prior, stability)]), num_items_in_batch
+        )
         loss = nll + prior + stability
         return (loss, outputs) if return_outputs else loss
 
@@ -105,7 +115,7 @@ class DipTrainerMixin(_Base):
 
     def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """f of eq. (4) at the supervised tokens: `(S * N,)` log-probabilities or `(S * N, V)` logits."""
-        logits, targets = supervised_logits(outputs.logits, labels)
+        logits, targets = supervised_logits(outputs.logits, labels, self._tuner().shifts_labels)
         if self._tuner().active_dip_config.stability_target == "logits":
             return logits
         return -F.cross_entropy(logits.float(), targets, reduction="none")
@@ -122,9 +132,13 @@ class DipTrainerMixin(_Base):
             penalty = penalty * (self.accelerator.num_processes // self.get_tp_size())
         return penalty
 
-    def _record(self, nll: torch.Tensor, prior: torch.Tensor, stability: torch.Tensor, num_items_in_batch) -> None:
-        terms = torch.stack([nll.detach().float(), prior.detach().to(nll.device), stability.detach()])
-        if num_items_in_batch is None:
+    def _losses_are_added(self, num_items_in_batch) -> bool:
+        """Whether the losses of the accumulated batches are added up; the base trainer averages them otherwise."""
+        stated = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.23
+        return num_items_in_batch is not None if stated is None else stated
+
+    def _record(self, terms: torch.Tensor, num_items_in_batch) -> None:
+        if not self._losses_are_added(num_items_in_batch):
             terms = terms / self.current_gradient_accumulation_steps
         if self._term_sums is None:
             self._term_sums, self._first_step_of_sums = torch.zeros_like(terms), self.state.global_step
@@ -142,6 +156,12 @@ class DipTrainerMixin(_Base):
             logs["noise_std_max"] = max(row["max"] for row in rows)
             self._term_sums = None
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the base trainer's, with this package's section, which the base trainer's would write over."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._tuner().active_dip_config.update_model_card(str(self.args.output_dir))
 
 
 class DipTrainer(DipTrainerMixin, Trainer):

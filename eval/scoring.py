@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -14,7 +14,7 @@ TASKS = Path(__file__).parent / "tasks"
 def score(
     model, tokenizer, tasks: dict[str, str], limit: int | None = None, batch_size: int = 64, max_new_tokens: int = 256
 ) -> dict[str, dict[str, float]]:
-    """Score a model greedily, zero-shot, with its noise off; its mode and the random states stay as they were.
+    """Score a model greedily, zero-shot, in eval mode; afterwards it is in its own mode again.
 
     Args:
         model: a transformers or PEFT causal language model.
@@ -35,23 +35,22 @@ def score(
         raise ValueError(f"No task called {', '.join(unknown)}; eval/tasks/ has {', '.join(manager.all_tasks)}.")
     for path in tasks.values():
         read_problems(path)
+    configs = [manager.task_index[name].cfg for name in tasks]
+    # Whole configurations: lm-eval 0.4.13 does not look up the YAML of a name that is given with overrides.
+    specs = [
+        {
+            **config,
+            "dataset_kwargs": {"data_files": {"test": str(path)}},
+            "generation_kwargs": {**config["generation_kwargs"], "max_gen_toks": max_new_tokens},
+            "num_fewshot": 0,
+        }
+        for config, path in zip(configs, tasks.values(), strict=True)
+    ]
     was_training = model.training  # HFLM puts it in eval mode
     try:
-        evaluated = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            # lm-eval 0.4.13 does not look up the YAML of a name given with overrides: hand over the whole of it.
-            tasks=[
-                {**manager.task_index[name].cfg, "dataset_kwargs": {"data_files": {"test": str(path)}}}
-                for name, path in tasks.items()
-            ],
-            task_manager=manager,
-            limit=limit,
-            gen_kwargs={"max_gen_toks": max_new_tokens},
-            log_samples=False,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+        # Not `simple_evaluate`: it sets all global seeds, and spends seconds on a description of the machine.
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        evaluated = evaluate(lm, manager.load(specs), limit=limit, log_samples=False)
     finally:
         model.train(was_training)
     sizes = {name: counts["effective"] for name, counts in evaluated["n-samples"].items()}

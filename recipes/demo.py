@@ -39,11 +39,11 @@ METHODS = {"plain": ["dip=null"], "DIPNet": []}
 SEEDS = (0, 1, 2)
 EXACT_MATCH = "exact_match,strict-match"
 BASE_TRAINING = {
-    "max_steps": 800,
+    "max_steps": 700,
     "per_device_train_batch_size": 16,
-    "learning_rate": 2e-3,
+    "learning_rate": 4e-3,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 40,
+    "warmup_steps": 35,
     "adam_beta2": 0.99,
 }
 

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_inputs(output_dir, config, problems)
     train(trainer, get_last_checkpoint(output_dir))
     evaluated = evaluate(trainer, eval_set)
-    scores = {name: evaluate(trainer, task_set) for name, task_set in task_sets.items()}
+    scores = {name: evaluate(trainer, task_set, name) for name, task_set in task_sets.items()}
     trainer.save_model(output_dir)
     if not trainer.is_world_process_zero():
         return
@@ -202,12 +202,12 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def evaluate(trainer: Trainer, heldout) -> dict[str, float]:
+def evaluate(trainer: Trainer, heldout, name: str = "eval") -> dict[str, float]:
     """Measure the NLL of a held-out set with the noise off; without one there is nothing to measure."""
     if heldout is None:
         return {}
-    metrics = trainer.evaluate(heldout)
-    return {name: metrics[name] for name in ("eval_nll", "eval_num_tokens")}
+    metrics = trainer.evaluate(heldout, metric_key_prefix=name)
+    return {f"eval_{metric}": metrics[f"{name}_{metric}"] for metric in ("nll", "num_tokens")}
 
 
 def check_scoring(trainer: Trainer, config: FinetuneConfig, eval_set) -> None:

@@ -234,7 +234,7 @@ def _fillings(template, x, opening_numbers):
     operands = OPERANDS[template.steps[0][0][1]] if template.steps else range(1)
     pairs = product(opening_numbers, operands) if x is None else product(operands, range(1))
     fillings = (_fill(template, x, n, m) for n, m in pairs)
-    return [filling for filling in fillings if filling is not None]
+    return tuple(filling for filling in fillings if filling is not None)
 
 
 def _fill(template, x, n, m):

@@ -20,6 +20,7 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import dipnet_hf
 from dipnet_hf import DipConfig, get_dip_model
@@ -408,6 +409,39 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path, weights, shape):
 def test_weights_that_need_a_tuner_of_their_own_are_refused(weights):
     with pytest.raises(ValueError, match="keeps state on a tuner of its own"):
         get_dip_model(build("llama"), DipConfig(weights=weights))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [LoraConfig(modules_to_save=["embed_tokens"]), LoraConfig(trainable_token_indices=[4])],
+    ids=["saved", "tokens"],
+)
+def test_sites_in_modules_that_are_saved_whole_are_refused(weights):
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"sites \['model.embed_tokens'\] lie in modules"):
+        get_dip_model(model, DipConfig(weights=weights, target_sites="embedding"))
+    assert_no_trace(model)
+
+
+def test_a_failed_merge_keeps_the_noise(tiny_llama, batch):
+    model = get_dip_model(
+        tiny_llama, DipConfig(weights=LoraConfig(init_lora_weights=False)), calibration=[batch]
+    ).train()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    assert len(model.noise_summary()) == 3
+    projection = model.get_base_model().model.layers[0].dip_projection
+    inputs = torch.ones(1, 2, 32)
+    model.base_model._begin_forward(None, (), {})
+    assert not torch.equal(projection(inputs), inputs)
+
+
+def test_sites_of_an_asymmetric_encoder_decoder_are_in_the_decoder():
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2)
+    model = get_dip_model(T5ForConditionalGeneration(config), DipConfig())
+    assert [row["name"] for row in model.noise_summary()] == [f"decoder.block.{i}" for i in range(3)]
 
 
 def test_calibration_leaves_every_module_in_its_mode(tiny_llama, batch):

@@ -178,6 +178,8 @@ def test_mismatched_shapes_are_refused():
         project(torch.zeros(2, 3, 4), torch.zeros(5), torch.tensor(1.0), key())
     with pytest.raises(ValueError, match="even number of rows, got 3"):
         draw_noise(torch.zeros(3, 4), key(), antithetic=True)
+    with pytest.raises(ValueError, match="floating-point input, got torch.int64"):
+        project(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(4), torch.tensor(1.0), key())
 
 
 def test_the_operators_are_registered_soundly():

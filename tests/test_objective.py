@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from dipnet_hf import DipConfig, dip_loss, kl_weights
+from dipnet_hf import DipConfig, dip_loss, get_dip_model, kl_weights
 from dipnet_hf.objective import expand_batch, prior_loss, stability_penalty
+from tests.tiny_models import build
 
 
 def test_kl_weights_give_the_kl_divergence_up_to_a_constant():
@@ -75,6 +77,7 @@ class Noisy(nn.Module):
     def __init__(self, config, logits):
         super().__init__()
         self.active_dip_config = config
+        self.shifts_labels = logits.dim() == 3
         self.logits = nn.Parameter(logits)
         self.pairs = []
 
@@ -85,7 +88,7 @@ class Noisy(nn.Module):
     def prior_loss(self):
         return self.logits.square().mean()
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids, labels=None):
         return SimpleNamespace(logits=self.logits[: len(input_ids)])
 
 
@@ -167,6 +170,51 @@ def test_a_batch_of_classes_needs_no_shift():
     labels = torch.tensor([0, 2, 1, 1])
     result = dip_loss(Noisy(DipConfig(), logits), {"input_ids": labels, "labels": labels})
     assert result.nll.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_what_cannot_be_repeated_is_refused():
+    batch = {"labels": torch.zeros(2, 3), "position_ids": torch.zeros(3, 2, 3)}  # as of some vision-language models
+    with pytest.raises(
+        ValueError, match=r"position_ids of shape \(3, 2, 3\) does not have one for each of the 2 rows"
+    ):
+        expand_batch(batch, 2)
+    with pytest.raises(ValueError, match="repeats the rows of `labels`"):
+        expand_batch({"input_ids": torch.zeros(2, 3)}, 2)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_targets_are_those_of_the_model_itself(num_samples):
+    """Shifted for a causal model, not for an encoder-decoder or a masked one: the noise-off loss is the model's own."""
+    bert = BertForMaskedLM(
+        BertConfig(
+            vocab_size=20,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+    t5 = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=20,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_decoder_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+    ids = torch.randint(1, 20, (2, 5))
+    batch = {"input_ids": ids, "labels": torch.where(ids % 3 == 0, -100, ids)}
+    for model in (build("llama"), bert, t5):
+        expected = model(**batch).loss.item()
+        config = DipConfig(init_noise_std=0.0, noise_scale="absolute", num_samples=num_samples)
+        assert dip_loss(get_dip_model(model, config).train(), batch).nll.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_labels_are_required():

@@ -206,6 +206,14 @@ def test_killed_and_resumed_equals_uninterrupted(rows, tmp_path, weights):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
+def test_the_section_of_the_model_card_survives_the_trainers_own_card(rows, tmp_path):
+    trainer = make_trainer(dip_model(), rows, tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "import dipnet_hf" in (tmp_path / "README.md").read_text()
+
+
 def test_a_model_without_the_adapter_is_refused(rows, tmp_path):
     with pytest.raises(TypeError, match="DipTrainer needs a model from get_dip_model, got LlamaForCausalLM"):
         make_trainer(build("llama"), rows, tmp_path)

@@ -1,15 +1,13 @@
-"""The tasks of `eval/tasks/` against upstream's gsm8k, their filters on frozen answers, and `score` from end to end."""
+"""The tasks of `eval/tasks/` against upstream's gsm8k, their filters on frozen answers, `score` from end to end."""
 
 import json
-import random
 from pathlib import Path
 
 import lm_eval.tasks
-import numpy
 import pytest
 import torch
 import yaml
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
@@ -122,10 +120,10 @@ FROZEN = [
 @pytest.mark.parametrize("name", ["gsm8k_local", "word_problems"])
 def test_filters_on_frozen_answers(write_problems, name):
     path = write_problems({"question": str(i), "answer": f"So it is.\n#### {row[0]}"} for i, row in enumerate(FROZEN))
-    task = {**task_configs()[name], "dataset_kwargs": {"data_files": {"test": path}}}
-    answers = {f"Question: {i}\nAnswer:": row[1] for i, row in enumerate(FROZEN)}
-    evaluated = simple_evaluate(FrozenAnswers(answers), tasks=[task], task_manager=TaskManager(include_defaults=False))
-    matches = {(s["filter"], s["doc_id"]): s["exact_match"] for s in evaluated["samples"][name]}
+    task = {**task_configs()[name], "dataset_kwargs": {"data_files": {"test": path}}, "num_fewshot": 0}
+    lm = FrozenAnswers({f"Question: {i}\nAnswer:": row[1] for i, row in enumerate(FROZEN)})
+    samples = evaluate(lm, TaskManager(include_defaults=False).load([task]))["samples"][name]
+    matches = {(sample["filter"], sample["doc_id"]): sample["exact_match"] for sample in samples}
     assert [matches["strict-match", i] for i in range(len(FROZEN))] == [row[2] for row in FROZEN]
     assert [matches["flexible-extract", i] for i in range(len(FROZEN))] == [row[3] for row in FROZEN]
 
@@ -135,7 +133,7 @@ def test_scoring_from_end_to_end_leaves_no_trace(model, tokenizer, problems, wri
     if wrapped:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     model.train()
-    states = random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
+    state = torch.get_rng_state()
     path = write_problems(problems)
     scores = score(model, tokenizer, dict.fromkeys(NAMES[:2], path), limit=4, batch_size=2, max_new_tokens=4)
     assert list(scores) == NAMES[:2]
@@ -147,7 +145,7 @@ def test_scoring_from_end_to_end_leaves_no_trace(model, tokenizer, problems, wri
         }
         assert all(type(value) is float for value in numbers.values())
     assert model.training
-    assert states == (random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_right_answer_counts(model, tokenizer, write_problems, monkeypatch):

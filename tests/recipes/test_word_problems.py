@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from recipes.word_problems import CHANGES, CLOSINGS, OPENINGS, UNSEEN_CHANGES, generate_splits
+from recipes.word_problems import CHANGES, CLOSINGS, NAMES, OPENINGS, THINGS, UNSEEN_CHANGES, generate_splits
 
 SIZES = {
     "pretrain": 300,
@@ -68,13 +68,11 @@ def test_number_of_steps(splits, split, allowed):
 
 
 def test_splits_share_no_problem_even_with_other_names(splits):
-    """Tell problems by their sentences and numbers: names are capitalised inside a sentence, things follow the list."""
+    """A problem is its sentences and numbers, whoever it is about."""
 
     def identity(problem):
-        text = re.sub(
-            r"\b(apples|pens|books|cards|coins|stamps|cups|shells|balls|eggs|toys|hats)\b", "t", problem["question"]
-        )
-        return re.sub(r"\b(Tom|Ann|Ben|Eva|Max|Mia|Sam|Zoe|Leo|Ida|Jim|Kim)\b", "n", text)
+        text = re.sub(rf"\b({'|'.join(THINGS)})\b", "thing", problem["question"])
+        return re.sub(rf"\b({'|'.join(NAMES)})\b", "name", text)
 
     seen = {}
     for split, members in splits.items():
@@ -115,11 +113,16 @@ def test_same_seed_same_problems_whatever_else_is_drawn():
 
 
 def test_problems_do_not_change_between_versions():
-    """A frozen problem: if this fails, results of the demo no longer compare with older ones."""
-    assert generate_splits(0, {"test": 1})["test"] == [FROZEN]
-
-
-FROZEN = None
+    """A frozen problem: when this fails, results of the demo no longer compare with older ones."""
+    question = (
+        "Ann has 40 books and finds 5 more. Ann shares them into 3 equal parts and keeps one. "
+        "Ann shares them into 3 equal parts and keeps one. How many books does Ann have now?"
+    )
+    answer = (
+        "After Ann finds 5: 40+5=<<40+5=45>>45 books.\nIn 3 equal parts: 45/3=<<45/3=15>>15 books.\n"
+        "In 3 equal parts: 15/3=<<15/3=5>>5 books.\n#### 5"
+    )
+    assert generate_splits(0, {"test": 1})["test"] == [{"question": question, "answer": answer}]
 
 
 @pytest.mark.parametrize(
