@@ -39,11 +39,11 @@ METHODS = {"plain": ["dip=null"], "DIPNet": []}
 SEEDS = (0, 1, 2)
 EXACT_MATCH = "exact_match,strict-match"
 BASE_TRAINING = {
-    "max_steps": 700,
+    "max_steps": 800,
     "per_device_train_batch_size": 16,
-    "learning_rate": 4e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 35,
+    "warmup_steps": 40,
     "adam_beta2": 0.99,
 }
 
@@ -72,7 +72,7 @@ def write_data(splits: dict[str, list[dict]]) -> None:
 def train_base(splits: dict[str, list[dict]]) -> None:
     """Train the tokenizer and the base model that both methods start from."""
     texts = [f"{format_prompt(p['question'])} {p['answer']}" for p in splits["pretrain"] + splits["train"]]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, vocab_size=512)
     set_seed(0)
     model = tiny_llama(tokenizer)
     arguments = TrainingArguments(

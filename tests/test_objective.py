@@ -184,7 +184,7 @@ def test_what_cannot_be_repeated_is_refused():
 
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_targets_are_those_of_the_model_itself(num_samples):
-    """Shifted for a causal model, not for an encoder-decoder or a masked one: the noise-off loss is the model's own."""
+    """Shifted for a causal model, not for an encoder-decoder or a masked one: the loss is the model's own."""
     bert = BertForMaskedLM(
         BertConfig(
             vocab_size=20,
