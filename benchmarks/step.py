@@ -5,8 +5,8 @@
 
 A step is forward, backward and optimizer inside transformers' Trainer, on one batch of random tokens. Time is measured
 in pairs: a plain step, then a DIPNet step, in one process, so that what else the machine does hits both; a row gives
-the median and the quartiles of the pairs' ratios. Peak memory is measured in a process of its own for each side, as
-what a step adds to the memory in use before the first one. Absolute times mean something on a GPU only.
+the median and the quartiles of the pairs' ratios. Peak memory, model and optimizer state included, is measured in a
+process of its own for each side. Absolute times mean something on a GPU only. Not run on a GPU yet.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dipnet_hf import DipConfig, DipTrainer, get_dip_model
 from dipnet_hf.report import provenance
 
 RESULTS = Path(__file__).parent / "results"
-NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH = 4, 8192, 4, 128
+NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH = 4, 8192, 2, 128
 MEMORY_STEPS = 3
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--pairs", type=int, default=15, help="timed pairs a row")
+    parser.add_argument("--pairs", type=int, default=9, help="timed pairs a row")
     parser.add_argument("--memory-of", nargs=3, metavar=("HIDDEN", "WEIGHTS", "SAMPLES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -90,9 +90,9 @@ def build(hidden: int, weights: str, samples: int) -> tuple[Trainer, dict[str, t
         model = get_dip_model(model, DipConfig(weights=adapter, num_samples=samples), calibration=[batch])
     elif weights == "lora":
         model = get_peft_model(model, adapter)
-    arguments = TrainingArguments(
-        output_dir="runs/benchmark", report_to=[], bf16=torch.cuda.is_available(), disable_tqdm=True
-    )
+    if torch.cuda.is_available():
+        model.to(torch.bfloat16)
+    arguments = TrainingArguments(output_dir="runs/benchmark", report_to=[], disable_tqdm=True)
     trainer = (DipTrainer if samples else Trainer)(model, arguments)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1

@@ -116,11 +116,7 @@ def compare(runs: dict[str, list[str]]) -> None:
     plot_noise(runs["DIPNet"][0], str(FOLDER / "noise.png"), sort_channels=True)
     for title, metric in (("Exact match", EXACT_MATCH), ("NLL per token, nats", "eval_nll")):
         print(f"\n{title}, mean +- standard deviation over {len(SEEDS)} seeds\n")
-        names = tuple(f"{task}.{metric}" for task in tasks)
-        table = format_seeds(runs, names)
-        for task, name in zip(tasks, names, strict=True):
-            table = table.replace(name, task.removeprefix("word_problems_").ljust(len(name)), 1)
-        print(table)
+        print(format_seeds(runs, {task.removeprefix("word_problems_"): f"{task}.{metric}" for task in tasks}))
     print(f"\nresults.json, losses.png, noise.png and the runs are in {FOLDER}")
 
 

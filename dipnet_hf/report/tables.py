@@ -20,12 +20,12 @@ def format_summary(results: dict) -> str:
     return format_table(("run", str(config["training"]["output_dir"])), head + values)
 
 
-def format_seeds(groups: dict[str, list[str]], metrics: tuple[str, ...] = ("eval_nll",)) -> str:
+def format_seeds(groups: dict[str, list[str]], metrics: dict[str, str]) -> str:
     """Lay out mean and sample standard deviation over the seeds of each group, one group a line.
 
     Args:
         groups (`dict[str, list[str]]`): label to the `results.json` of its seeds.
-        metrics (`tuple[str, ...]`): dotted names, such as `gsm8k_local.exact_match`.
+        metrics (`dict[str, str]`): heading of a column to a dotted name, such as `gsm8k_local.exact_match`.
 
     Raises:
         ValueError: a group is empty, its runs differ in more than their seed, or lack a metric.
@@ -36,7 +36,7 @@ def format_seeds(groups: dict[str, list[str]], metrics: tuple[str, ...] = ("eval
             raise ValueError(f"{label} has no result files; leave it out or check the pattern they were found by.")
         runs = [read_results(result_file) for result_file in result_files]
         _check_same_settings(label, runs)
-        rows.append((label, str(len(runs)), *(_mean_and_spread(label, runs, name) for name in metrics)))
+        rows.append((label, str(len(runs)), *(_mean_and_spread(label, runs, name) for name in metrics.values())))
     return format_table(("run", "n", *metrics), rows)
 
 
