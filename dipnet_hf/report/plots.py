@@ -39,7 +39,7 @@ def plot_losses(result_files: list[str], path: str) -> None:
         raise ValueError(
             f"No loss in {', '.join(map(str, result_files))}; lower training.logging_steps for the next run."
         )
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel="nats per token", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=150)
 
