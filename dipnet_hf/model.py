@@ -8,21 +8,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model, inject_adapter_in_model
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from . import objective
+from .calibration import measure_rms
 from .config import DipConfig
 from .noise import fold_in, new_key
 from .projection import DipProjection, Draw, DrawMemory, NoiseSwitch
 from .sites import find_sites
+from .weights import check_fits, check_sites, check_weights, export_weights, inject_weights, tuner_of
 
 
 def get_dip_model(
@@ -88,13 +86,10 @@ class DipModel(BaseTuner):
         config = self._dip_config(adapter_name)
         self._check_new_adapter_config(config)
         self._sites = {site.name: site for site in find_sites(model, config)}
-        self._check_sites(config)
+        check_sites(config, list(self._sites))
         hosts = [model.get_submodule(projection.site.name) for projection in self._projections]
         if isinstance(config.weights, PeftConfig):
-            with self._without_peft_config():
-                inject_adapter_in_model(
-                    config.weights, model, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False)
-                )
+            inject_weights(model, config.weights, adapter_name, kwargs.get("low_cpu_mem_usage", False))
         for projection, host in zip(self._projections, hosts, strict=True):
             wrapped = model.get_submodule(projection.site.name)
             if wrapped is not host:  # the weights' adapter has wrapped the layer
@@ -110,38 +105,11 @@ class DipModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if any(type(m).forward.__module__.startswith("unsloth") for m in self.model.modules()):
             raise ValueError("Unsloth rewrites the layers' forward, so noise never runs. Load the model without it.")
-        if isinstance(config.weights, PeftConfig) and _keeps_state(config.weights):
-            raise ValueError(
-                f"weights={type(config.weights).__name__}(...) keeps state on a tuner of its own, and a model has one "
-                "tuner. Use a method whose state is in its layers, such as LoraConfig or IA3Config."
-            )
         if getattr(self.model, "_tp_size", None) not in (None, 1):
             raise ValueError(
                 "Tensor parallelism is not supported: its ranks would draw different noise for one token."
             )
-        if config.weights == "full":
-            if len(self.peft_config) > 1:
-                raise ValueError('weights="full" changes the base weights, so it cannot be one adapter of several.')
-            if any(not p.is_floating_point() for p in self.model.parameters()):
-                raise ValueError('weights="full" cannot train a quantized model. Use weights=LoraConfig(...).')
-        elif any(self._dip_config(name).weights == "full" for name in self.peft_config):
-            raise ValueError('The model holds an adapter with weights="full", which has changed the base weights.')
-
-    def _check_sites(self, config: DipConfig) -> None:
-        """PEFT copies the modules that it trains and saves as a whole; a projection in one would be copied with it."""
-        tokens = getattr(config.weights, "trainable_token_indices", None) or ()
-        saved = [
-            *(getattr(config.weights, "modules_to_save", None) or ()),
-            *(tokens if isinstance(tokens, dict) else ()),
-        ]
-        if tokens and not isinstance(tokens, dict):
-            saved.append("embed_tokens")
-        parts = {name.rpartition(".")[2] for name in saved}
-        if inside := [name for name in self._sites if parts & set(name.split("."))]:
-            raise ValueError(
-                f"The sites {inside} lie in modules that the weights' config trains as a whole ({saved}). Choose "
-                "other sites, or take these modules out of modules_to_save and trainable_token_indices."
-            )
+        check_weights(self.model, config, others=[c for c in self.peft_config.values() if c is not config])
 
     def _prepare_adapter_config(self, peft_config: DipConfig, model_config: dict) -> DipConfig:
         return peft_config
@@ -168,17 +136,6 @@ class DipModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # only to put a layer back; PEFT's expects a `weight` in every layer
-
-    @contextlib.contextmanager
-    def _without_peft_config(self) -> Iterator[None]:
-        """Keep the weights' own tuner from taking the model's `peft_config` for its own and writing into it."""
-        kept = self.model.__dict__.pop("peft_config", None)
-        try:
-            yield
-        finally:
-            self.model.__dict__.pop("peft_config", None)
-            if kept is not None:
-                self.model.peft_config = kept
 
     # ---- adapters ----
 
@@ -302,39 +259,9 @@ class DipModel(BaseTuner):
         """
         if self.active_dip_config.noise_scale == "absolute":
             raise ValueError('noise_scale="absolute" has nothing to calibrate: its scale is 1.')
-        device = next(self.model.parameters()).device
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        for projection in self._active_projections():
-            projection.pop_measured()  # what a calibration that failed has left
-        self.switch.measuring = True
-        try:
-            with torch.no_grad(), self.deterministic():
-                for batch in batches:
-                    batch = send_to_device(batch, device)
-                    if isinstance(batch, torch.Tensor):
-                        self.model(batch)
-                    else:
-                        self.model(**{name: value for name, value in batch.items() if name != "labels"})
-        finally:
-            self.switch.measuring = False
-            for module, training in modes:
-                module.training = training
-        self._set_scales(device)
-
-    def _set_scales(self, device: torch.device) -> None:
         projections = self._active_projections()
-        measured = torch.stack([projection.pop_measured() for projection in projections])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            measured = measured.to(device)
-            torch.distributed.all_reduce(measured)
-        rms = (measured[:, 0] / measured[:, 1]).sqrt().cpu()
-        for projection, scale in zip(projections, rms, strict=True):
-            if not torch.isfinite(scale) or scale == 0:
-                raise ValueError(
-                    f"Calibration measured an RMS of {float(scale)} at site '{projection.site.name}'. Give at least "
-                    "one batch, check it for NaN and infinity, and check the model's output on it."
-                )
+        with self.deterministic():
+            rms = measure_rms(self.model, projections, self.switch, batches)
         for projection, scale in zip(projections, rms, strict=True):
             projection.set_scale(scale)
 
@@ -382,7 +309,7 @@ class DipModel(BaseTuner):
             # Tied weights appear under one name, as in `named_parameters`.
             names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
             return {name: tensor for name, tensor in state_dict.items() if name in names}
-        return _tuner_of(config.weights)._get_adapter_state_dict(
+        return tuner_of(config.weights)._get_adapter_state_dict(
             model=model,
             config=config.weights,
             adapter_name=adapter_name,
@@ -395,10 +322,10 @@ class DipModel(BaseTuner):
         if isinstance(config.weights, str):
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         else:
-            remapped = _tuner_of(config.weights)._remap_adapter_state_dict_for_load(
+            remapped = tuner_of(config.weights)._remap_adapter_state_dict_for_load(
                 model=model, config=config.weights, adapter_name=adapter_name, state_dict=state_dict
             )
-        _check_fits(model, config, adapter_name, remapped)
+        check_fits(model, config, adapter_name, remapped)
         if config.weights == "full":
             # In place: with `low_cpu_mem_usage` PEFT puts new parameters into the model, which tears tied ones apart.
             names = [name for name in remapped if "dip_projection" not in name]
@@ -430,21 +357,7 @@ class DipModel(BaseTuner):
                 f"weights={config.weights!r} has no PEFT adapter to export. merge_and_unload().save_pretrained(...) "
                 "writes the whole network."
             )
-        weights = cast(PeftConfig, copy.deepcopy(config.weights))
-        weights.base_model_name_or_path = config.base_model_name_or_path
-        weights.task_type = config.task_type
-        weights.inference_mode = True
-        with self._without_peft_config():
-            self.model.peft_config = {adapter_name: weights}
-            state_dict = get_peft_model_state_dict(self.model, adapter_name=adapter_name)
-        os.makedirs(save_directory, exist_ok=True)
-        tensors = {
-            f"base_model.model.{name}": tensor.detach().clone().contiguous()
-            for name, tensor in state_dict.items()
-            if "dip_projection" not in name
-        }
-        save_file(tensors, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        weights.save_pretrained(str(save_directory))
+        export_weights(self.model, config, adapter_name, save_directory)
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
         hosts = [self.model.get_submodule(projection.site.name) for projection in self._projections]
@@ -453,28 +366,3 @@ class DipModel(BaseTuner):
         for projection, host in zip(self._projections, hosts, strict=True):
             projection.detach_from(host)
         return model
-
-
-def _tuner_of(config: PeftConfig) -> type[BaseTuner]:
-    return PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, config.peft_type)]
-
-
-def _keeps_state(config: PeftConfig) -> bool:
-    return _tuner_of(config).uses_shared_state or config.peft_type == "ADALORA"
-
-
-def _check_fits(model: nn.Module, config: DipConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Refuse an adapter of a model of another shape before a weight is written."""
-    own = {
-        name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if "dip_projection" in name and name.endswith(f".{adapter_name}")
-    }
-    saved = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if "dip_projection" in name}
-    if own == saved:
-        return
-    other = next(name for name in [*saved, *own] if own.get(name) != saved.get(name))
-    raise ValueError(
-        f"The adapter was trained on a model of another shape: '{other}' has shape {saved.get(other)} in the file and "
-        f"{own.get(other)} in this model (None: no such site). Load it on {config.base_model_name_or_path!r}."
-    )

@@ -40,9 +40,9 @@ TABLE = {
     "config": Row(ours="card objective", others="peft", lazy="public"),
     "projection": Row(ours="config noise", others="peft torch"),
     "sites": Row(ours="config projection", others="peft torch transformers"),
-    "model": Row(
-        ours="config noise objective projection sites", others="accelerate peft safetensors torch transformers"
-    ),
+    "calibration": Row(ours="projection", others="accelerate torch"),
+    "weights": Row(ours="config", others="peft safetensors torch"),
+    "model": Row(ours="calibration config noise objective projection sites weights", others="peft torch transformers"),
     "registry": Row(ours="config model", others="peft"),
     # What uses it.
     "ensemble": Row(ours="model noise", others="torch transformers"),
