@@ -96,7 +96,7 @@ def test_weights_of_another_type(weights):
         {"num_samples": 4, "alpha": 0.0, "beta": 0.0, "stability_loss_weight": 0.1, "stability_target": "logits"},
         {"init_noise_std": 0.0, "num_samples": 3, "antithetic": False},
     ],
-    ids=str,
+    ids=lambda fields: "-".join(fields) or "defaults",
 )
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_file_reads_back_the_same(tmp_path, weights, fields):
