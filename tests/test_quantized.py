@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -35,6 +36,8 @@ def load(folder, bits, device):
     """Return a function that loads the same quantized model."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if device == "cpu" and bits == "nf4" and Version(bitsandbytes.__version__) < Version("0.50"):
+        pytest.skip("4 bits on a CPU need bitsandbytes 0.50")
 
     def load_quantized():
         config = BitsAndBytesConfig(**QUANTIZATION[bits])
