@@ -23,29 +23,13 @@ from transformers.generation import GenerationConfig, GenerationMode
 
 from .noise import PositionNoise, Positions, add_noise, fold_in, locate, shaped_std
 from .projection import DipProjection, SiteDraw
+from .rows import RowRepeater
 from .uncertainty import Prediction, predictive_entropies
 
 _TEXT_INPUTS = ("input_ids", "inputs_embeds")
 _CACHES = (None, "dynamic", "offloaded")
 # States that recurrent models carry under other names than `past_key_values`, and that tell no position.
 _STATES = ("cache_params", "state")
-# What decoder layers are given that is one for all rows, or has a row for each in its first dimension. A layer that
-# takes anything else (position biases, shared keys) is not entered: the rows are repeated at the model's inputs then.
-_LAYER_PARAMETERS = {
-    "hidden_states",
-    "attention_mask",
-    "position_ids",
-    "position_embeddings",
-    "past_key_values",
-    "layer_past",
-    "use_cache",
-    "cache_position",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "output_attentions",
-    "output_router_logits",
-    "kwargs",
-}
 
 
 def mean_prob(logits_SBLV: torch.Tensor) -> torch.Tensor:
@@ -138,8 +122,7 @@ class Ensemble:
             )
         self.model: Any = model
         self.projections = projections
-        can_enter = all(set(inspect.signature(layer.forward).parameters) <= _LAYER_PARAMETERS for layer in layers)
-        self.layers = layers if can_enter else []
+        self._rows = RowRepeater(model, layers, num_samples)
         self.shifts_labels = shifts_labels
         self.num_samples = num_samples
         self.combine = combine
@@ -148,17 +131,12 @@ class Ensemble:
         self._noises = [PositionNoise(key, num_samples) for key in self._keys]
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._num_rows: int | None = None  # B while a forward pass of the ensemble runs
-        self._enters_layers = False  # whether that pass repeats its rows at the layers
         self._labels: dict[str, Any] = {}
-        self._repeated: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hook on to the model and check what `generate` is asked for."""
-        hooks = [
-            layer.register_forward_pre_hook(self._enter_layer, prepend=True, with_kwargs=True) for layer in self.layers
-        ]
-        hooks.append(self.model.register_forward_hook(self._end_forward))
+        hook = self.model.register_forward_hook(self._end_forward)
         attributes = vars(self.model)
         replaced = {}
         if hasattr(self.model, "_validate_generation_mode"):
@@ -170,10 +148,10 @@ class Ensemble:
         previous = {name: attributes[name] for name in replaced if name in attributes}
         attributes.update(replaced)
         try:
-            yield
+            with self._rows.attached():
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
             for name in replaced:
                 del attributes[name]
             attributes.update(previous)
@@ -204,7 +182,7 @@ class Ensemble:
             raise ValueError(f"An ensemble repeats the rows of a tensor, and the inputs {list(inputs)} hold none.")
         main = inputs[name]
         self._num_rows = main.shape[0]
-        self._repeated = {}
+        self._rows.end_forward()  # of a pass that failed
         _check_prompt(main)
         self._check_inputs(inputs, main)
         self._labels = self._pop_labels(inputs)
@@ -217,15 +195,11 @@ class Ensemble:
             TrajectoryDraw(key, self.num_samples, noise, positions)
             for key, noise in zip(self._keys, self._noises, strict=True)
         ]
-        needs_rows = inputs.get("output_router_logits") or self._config("output_router_logits")
-        needs_rows = needs_rows or self._config("_attn_implementation") == "flex_attention"
-        self._enters_layers = bool(self.layers) and not torch.is_grad_enabled() and not needs_rows
-        if not self._enters_layers:
+        if self._rows.can_enter(inputs) and not torch.is_grad_enabled():
+            self._rows.begin_forward(self._num_rows)
+        else:
             inputs = {name: self._repeat_input(name, value) for name, value in inputs.items()}
         return inputs, draws
-
-    def _config(self, name: str) -> Any:
-        return getattr(getattr(self.model, "config", None), name, None)
 
     def skip_forward(self) -> None:
         """Note that the forward pass that begins now draws no noise, so it needs no samples."""
@@ -248,40 +222,13 @@ class Ensemble:
         if name == "position_ids" and value.dim() == 3:  # of several axes, for images within text
             return value.repeat(1, self.num_samples, 1)
         if value.shape[0] == self._num_rows:
-            return self._repeat(value)
+            return self._rows.repeat(value)
         if value.shape[0] == 1:
             return value
         raise ValueError(
             f"An ensemble repeats the rows of its inputs, and {name} of shape {tuple(value.shape)} does not have one "
             f"for each of the {self._num_rows} rows. Draw the samples one by one with model.sampling(seed)."
         )
-
-    def _enter_layer(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        """Repeat what a layer is given for one row each: its input, if it is the first one, masks and rotations."""
-        if self._num_rows is None or not self._enters_layers:
-            return None
-        repeated = {name: self._repeat_tree(value) for name, value in kwargs.items()}
-        return tuple(map(self._repeat_tree, args)), repeated
-
-    def _repeat_tree(self, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(self._repeat_tree, value))
-        # Rotations of shape (L, head_dim) have no rows; masks and positions of shape (B, L) do.
-        min_dim = 3 if isinstance(value, torch.Tensor) and value.is_floating_point() else 2
-        if isinstance(value, torch.Tensor) and value.dim() >= min_dim and value.shape[0] == self._num_rows:
-            return self._repeat(value)
-        return value
-
-    def _repeat(self, value: torch.Tensor) -> torch.Tensor:
-        """Repeat rows sample by sample, each tensor once a forward pass."""
-        if self.num_samples == 1:
-            return value
-        if id(value) not in self._repeated:
-            repeated = value.repeat(self.num_samples, *[1] * (value.dim() - 1))
-            self._repeated[id(value)] = (value, repeated)  # the tensor too, so that its id stays its own
-        return self._repeated[id(value)][1]
 
     # ---- out of the model ----
 
@@ -290,7 +237,8 @@ class Ensemble:
         if self._num_rows is None:
             return None
         rows = self.num_samples * self._num_rows
-        self._num_rows, self._repeated = None, {}
+        self._num_rows = None
+        self._rows.end_forward()
         for projection in self.projections:
             projection.forget_draw()  # a part of the model that is called by itself must not draw from it
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
@@ -329,7 +277,7 @@ class Ensemble:
         if packed := [name for name in inputs if name.startswith("cu_seq_lens") and inputs[name] is not None]:
             raise ValueError(f"An ensemble takes padded batches, not sequences packed into one row ({packed[0]}).")
         for name in ("output_hidden_states", "output_attentions"):
-            if inputs.get(name) or self._config(name):
+            if inputs.get(name) or getattr(getattr(self.model, "config", None), name, None):
                 raise ValueError(f"{name}: an ensemble's trajectories have no common ones. Use model.sampling(seed).")
         if states := [name for name in _STATES if inputs.get(name) is not None]:
             raise ValueError(

@@ -18,8 +18,10 @@ from . import objective
 from .calibration import measure_rms
 from .config import DipConfig
 from .ensemble import AVERAGES, Ensemble
+from .head_inputs import HeadInputs
 from .noise import fold_in, new_key
 from .projection import DipProjection, Draw, DrawMemory, NoiseSwitch, SiteDraw
+from .rows import RowRepeater
 from .sites import decoder_layers, find_sites
 from .weights import check_fits, check_sites, check_weights, export_weights, inject_weights, tuner_of
 
@@ -82,6 +84,8 @@ class DipModel(BaseTuner):
         self._antithetic = False
         self._seeded: tuple[torch.Tensor, torch.Tensor] | None = None  # the seed and the number of the forward pass
         self._ensemble: Ensemble | None = None
+        self._rows: RowRepeater | None = None  # in a training pass on several copies of the rows
+        self._head_inputs = HeadInputs(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
@@ -178,7 +182,7 @@ class DipModel(BaseTuner):
     def _begin_forward(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """Give every site its draw, once a forward pass; an ensemble also repeats the inputs."""
+        """Give every site its draw, once a forward pass, and repeat inputs or leave out copies of them."""
         node = None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
         if node is not None:  # the whole model is recomputed in the backward pass; the sites recall their draws
             if node.name() == "CheckpointFunctionBackward":
@@ -199,6 +203,8 @@ class DipModel(BaseTuner):
             draws = self._new_draws(len(projections))
             if self._ensemble is not None:
                 self._ensemble.skip_forward()
+            if self._rows is not None and projections and not args and self._rows.can_enter_in_training(kwargs):
+                changed = (), self._rows.first_copy(kwargs)
         for projection, draw in zip(projections, draws, strict=True):
             projection.begin_forward(draw)
         if torch.compiler.is_compiling():
@@ -314,13 +320,36 @@ class DipModel(BaseTuner):
         return [layer for _, layer in layers[first:]] if first > 0 else []
 
     @contextlib.contextmanager
-    def antithetic_pairs(self, enabled: bool = True) -> Iterator[None]:
-        """The second half of a batch's rows gets the negative noise of the first half. `dip_loss` sets it."""
-        previous, self._antithetic = self._antithetic, enabled
+    def sampled_rows(self, num_samples: int, antithetic: bool) -> Iterator[None]:
+        """A training pass on `num_samples` equal copies of a batch's rows, sample by sample. `dip_loss` enters it.
+
+        Layers below the first projected one run on one copy; dropout there is the same for all. What is returned has
+        all rows.
+
+        Args:
+            num_samples (`int`): S.
+            antithetic (`bool`): the second half of the samples gets the negative noise of the first half.
+        """
+        layers = self._layers_from_first_site() if num_samples > 1 else []
+        previous = self._antithetic, self._rows
+        self._antithetic, self._rows = antithetic and num_samples > 1, RowRepeater(self.model, layers, num_samples)
         try:
-            yield
+            with self._rows.attached():
+                yield
         finally:
-            self._antithetic = previous
+            self._antithetic, self._rows = previous
+
+    @contextlib.contextmanager
+    def hidden_states_taken(self, shape: torch.Size) -> Iterator[HeadInputs]:
+        """A training pass that gives the hidden states before the output head, see `HeadInputs`. `dip_loss` enters it.
+
+        Args:
+            shape (`torch.Size`): that of the labels: all rows, and the sequence length.
+        """
+        with self.deterministic():
+            self._head_inputs.compare_once()
+        with self._head_inputs.taken(shape):
+            yield self._head_inputs
 
     def calibrate(self, batches: Iterable) -> None:
         """Measure the RMS of every site's input and set it as the noise's scale: noise and dropout off, no padding.

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 
+from .chunked_loss import chunked_loss
+
 IGNORE_INDEX = -100
 
 
 class DipLoss(NamedTuple):
     """Scalar tensors, each already weighted. `loss` is the sum of the others, plus the load-balancing loss of a
-    mixture of experts where the model returns one.
+    mixture of experts where the model returns one. It has the gradients; the others are detached.
     """
 
     loss: torch.Tensor
@@ -88,18 +90,18 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
     return expanded
 
 
-def supervised_logits(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select the supervised positions: logits of shape `(rows * N, V)` and their targets of shape `(rows * N,)`.
+def supervised(outputs: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select the supervised positions: outputs of shape `(rows * N, ...)` and their targets of shape `(rows * N,)`.
 
     Args:
-        logits (`torch.Tensor`): of shape `(rows, L, V)`, or `(rows, V)` for classes.
-        labels (`torch.Tensor`): of the shape of `logits` without V, -100 where unsupervised.
+        outputs (`torch.Tensor`): logits or hidden states of shape `(rows, L, ...)`, or `(rows, V)` for classes.
+        labels (`torch.Tensor`): of shape `(rows, L)` or `(rows,)`, -100 where unsupervised.
         shift (`bool`): the labels of position t are the targets of position t - 1.
     """
     if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        outputs, labels = outputs[:, :-1], labels[:, 1:]
     mask = labels != IGNORE_INDEX
-    return logits[mask], labels[mask]
+    return outputs[mask], labels[mask]
 
 
 def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -117,6 +119,55 @@ def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tenso
     return (samples - samples.mean(0)).square().sum() / (num_samples - 1)
 
 
+class DataTerms(NamedTuple):
+    """Eqs. (2) and (4), the latter weighted, summed over `num_tokens` supervised tokens, and the model's outputs.
+
+    `total` is the sum of the two and has the gradients; the two are detached. The outputs hold the logits of a single
+    token where the terms did without them.
+    """
+
+    total: torch.Tensor
+    nll: torch.Tensor
+    stability: torch.Tensor
+    num_tokens: int
+    outputs: Any
+
+
+def data_terms(model: torch.nn.Module, inputs: dict[str, Any]) -> DataTerms:
+    """Compute the data and the stability term in one forward pass, from whole logits only where there is no other way.
+
+    Args:
+        model (`torch.nn.Module`): from `get_dip_model`, also wrapped.
+        inputs (`dict`): from `expand_batch`, with `labels`.
+    """
+    tuner = extract_model_from_parallel(model, keep_torch_compile=False)
+    config, shift = tuner.active_dip_config, tuner.shifts_labels
+    samples, weight, target = config.num_samples, config.stability_loss_weight, config.stability_target
+    labels = inputs["labels"]
+    if shift:
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    taken = None
+    with tuner.sampled_rows(samples, config.antithetic):
+        if shift:
+            with tuner.hidden_states_taken(labels.shape) as head_inputs:
+                outputs = model(**inputs)
+                taken = head_inputs.pop()
+        else:
+            outputs = model(**inputs)
+    if taken is not None:
+        hidden_RLD, head = taken
+        hidden_RD, targets = supervised(hidden_RLD, labels.to(hidden_RLD.device), shift)
+        terms = chunked_loss(hidden_RD, targets, head, samples, weight, target)
+        return DataTerms(*terms, targets.numel() // samples, outputs)
+    logits, targets = supervised(outputs.logits, labels.to(outputs.logits.device), shift)
+    log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
+    nll = -log_probs.sum() / samples
+    stability = nll.new_zeros(())
+    if weight:
+        stability = weight * stability_penalty(log_probs if target == "log_prob" else logits, samples)
+    return DataTerms(nll + stability, nll.detach(), stability.detach(), targets.numel() // samples, outputs)
+
+
 def dip_loss(
     model: torch.nn.Module, batch: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
 ) -> DipLoss:
@@ -130,7 +181,7 @@ def dip_loss(
             this batch's share of it, so that the micro-batches add up to the one large batch.
 
     Returns:
-        `DipLoss`: `(loss, nll, prior, stability)`, scalars.
+        `DipLoss`: `(loss, nll, prior, stability)`, scalars. Differentiate `loss`, once: its terms are detached.
 
     Raises:
         ValueError: the batch has no `labels`.
@@ -138,29 +189,12 @@ def dip_loss(
     if "labels" not in batch:
         raise ValueError(f"dip_loss needs `labels` in the batch, got {sorted(batch)}.")
     tuner = extract_model_from_parallel(model, keep_torch_compile=False)
-    config = tuner.active_dip_config
-    samples = config.num_samples
-    inputs = expand_batch(batch, samples)
-    labels = inputs["labels"]
-    with tuner.antithetic_pairs(config.antithetic and samples > 1):
-        if tuner.shifts_labels:
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**inputs)
-    logits, targets = supervised_logits(outputs.logits, labels, tuner.shifts_labels)
-    log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
-
-    num_tokens = targets.numel() // samples
-    num_items = num_tokens if num_items_in_batch is None else num_items_in_batch
-    num_items = torch.as_tensor(num_items, device=logits.device).clamp(min=1)
-    share = 1.0 if num_items_in_batch is None else num_tokens / num_items
-
-    nll = -log_probs.sum() / (samples * num_items)
+    terms = data_terms(model, expand_batch(batch, tuner.active_dip_config.num_samples))
+    num_items = terms.num_tokens if num_items_in_batch is None else num_items_in_batch
+    num_items = torch.as_tensor(num_items, device=terms.total.device).clamp(min=1)
+    share = 1.0 if num_items_in_batch is None else terms.num_tokens / num_items
     prior = share * tuner.prior_loss()
-    stability = nll.new_zeros(())
-    if config.stability_loss_weight:
-        measured = log_probs if config.stability_target == "log_prob" else logits
-        stability = config.stability_loss_weight * stability_penalty(measured, samples) / num_items
-    loss = nll + prior + stability
-    if getattr(outputs, "aux_loss", None) is not None:
-        loss = loss + share * tuner.config.router_aux_loss_coef * outputs.aux_loss
-    return DipLoss(loss, nll, prior, stability)
+    loss = terms.total / num_items + prior
+    if getattr(terms.outputs, "aux_loss", None) is not None:
+        loss = loss + share * tuner.config.router_aux_loss_coef * terms.outputs.aux_loss
+    return DipLoss(loss, terms.nll / num_items, prior.detach(), terms.stability / num_items)

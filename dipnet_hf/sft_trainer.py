@@ -26,9 +26,16 @@ class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
             if "dip_logvar" in name and parameter.dtype != torch.float32:
                 parameter.data = kept.get(name, parameter.data).float()
 
-    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> Any:
+    def _needs_no_outputs(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+        plain = getattr(self.args, "loss_type", "nll") == "nll" and self._data_loss_is_plain(inputs)
+        return not return_outputs and plain and self._stabilizes_logits()
+
+    def _stabilizes_logits(self) -> bool:
         config = self._tuner().active_dip_config
-        if config.stability_loss_weight and config.stability_target == "logits":
+        return bool(config.stability_loss_weight) and config.stability_target == "logits"
+
+    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> Any:
+        if self._stabilizes_logits():
             return Trainer.compute_loss(
                 self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from .model import DipModel
-from .objective import expand_batch, stability_penalty, supervised_logits
+from .objective import data_terms, expand_batch, stability_penalty, supervised
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
     _Base = Trainer
@@ -90,24 +90,56 @@ class DipTrainerMixin(_Base):
         if not self._tuner().training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         tuner = self._tuner()
-        config = tuner.active_dip_config
-        samples = config.num_samples
-        inputs = expand_batch(inputs, samples)
-        labels = inputs.get("labels")
-        num_rows_items = None if num_items_in_batch is None else num_items_in_batch * samples
-        with tuner.antithetic_pairs(config.antithetic and samples > 1):
-            nll, outputs = self._data_loss(model, inputs, num_rows_items)
+        inputs = expand_batch(inputs, tuner.active_dip_config.num_samples)
+        if self._needs_no_outputs(inputs, return_outputs):
+            loss, nll, stability = self._terms_without_logits(model, inputs, num_items_in_batch)
+            outputs = None
+        else:
+            loss, nll, stability, outputs = self._terms(model, inputs, num_items_in_batch)
         prior = tuner.prior_loss()
         if self._losses_are_added(num_items_in_batch):
             prior = prior / self.current_gradient_accumulation_steps
+        self._record(
+            torch.stack([term.detach().float().to(loss.device) for term in (nll, prior, stability)]),
+            num_items_in_batch,
+        )
+        loss = loss + prior
+        return (loss, outputs) if return_outputs else loss
+
+    def _needs_no_outputs(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+        """Whether nobody asks for the outputs and the data loss is known to be the plain negative log-likelihood."""
+        return False
+
+    def _data_loss_is_plain(self, inputs: dict[str, Any]) -> bool:
+        """Whether transformers' `Trainer` takes eq. (2) alone, of labels that it shifts."""
+        custom = self.label_smoother is not None or self.compute_loss_func is not None
+        adds_losses = getattr(self._tuner().config, "output_router_logits", False)  # those of a mixture of experts
+        plain_inputs = "labels" in inputs and "shift_labels" not in inputs
+        return plain_inputs and not custom and not adds_losses and self._tuner().shifts_labels
+
+    def _terms_without_logits(
+        self, model, inputs: dict[str, Any], num_items_in_batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Eqs. (2) + (4), and each of them detached; see `objective.data_terms`."""
+        terms = data_terms(model, inputs)
+        scale = self._item_weight(terms.num_tokens, num_items_in_batch)
+        return terms.total * scale, terms.nll * scale, terms.stability * scale
+
+    def _terms(
+        self, model, inputs: dict[str, Any], num_items_in_batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Eqs. (2) + (4), each of them, and the outputs: (2) is the base trainer's loss of S times the rows."""
+        config = self._tuner().active_dip_config
+        num_rows_items = None if num_items_in_batch is None else num_items_in_batch * config.num_samples
+        with self._tuner().sampled_rows(config.num_samples, config.antithetic):
+            nll, outputs = self._data_loss(model, inputs, num_rows_items)
         stability = nll.new_zeros(())
         if config.stability_loss_weight:
-            stability = config.stability_loss_weight * self._stability(outputs, labels, num_items_in_batch)
-        self._record(
-            torch.stack([term.detach().float().to(nll.device) for term in (nll, prior, stability)]), num_items_in_batch
-        )
-        loss = nll + prior + stability
-        return (loss, outputs) if return_outputs else loss
+            outputs_SN = self._supervised_outputs(outputs, inputs["labels"])
+            num_tokens = len(outputs_SN) // config.num_samples
+            penalty = config.stability_loss_weight * stability_penalty(outputs_SN, config.num_samples)
+            stability = penalty * self._item_weight(num_tokens, num_items_in_batch)
+        return nll + stability, nll, stability, outputs
 
     def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> Any:
         """Eq. (2) and the model's outputs, in one forward."""
@@ -115,22 +147,19 @@ class DipTrainerMixin(_Base):
 
     def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """f of eq. (4) at the supervised tokens: `(S * N,)` log-probabilities or `(S * N, V)` logits."""
-        logits, targets = supervised_logits(outputs.logits, labels, self._tuner().shifts_labels)
+        logits, targets = supervised(outputs.logits, labels, self._tuner().shifts_labels)
         if self._tuner().active_dip_config.stability_target == "logits":
             return logits
         return -F.cross_entropy(logits.float(), targets, reduction="none")
 
-    def _stability(self, outputs: Any, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-        num_samples = self._tuner().active_dip_config.num_samples
-        outputs_SN = self._supervised_outputs(outputs, labels)
-        penalty = stability_penalty(outputs_SN, num_samples)
+    def _item_weight(self, num_tokens: int, num_items_in_batch) -> Any:
+        """What a sum over a batch's supervised tokens is multiplied by, as in the base trainer."""
         if num_items_in_batch is None:
-            return penalty / max(len(outputs_SN) // num_samples, 1)
-        penalty = penalty / num_items_in_batch
-        if self.args.average_tokens_across_devices:
-            # As in the base trainer: the items of all processes are counted, and gradients are averaged over them.
-            penalty = penalty * (self.accelerator.num_processes // self.get_tp_size())
-        return penalty
+            return 1 / max(num_tokens, 1)
+        # The items of all processes are counted, and gradients are averaged over them.
+        averaged = self.args.average_tokens_across_devices
+        processes = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
+        return processes / num_items_in_batch
 
     def _losses_are_added(self, num_items_in_batch) -> bool:
         """Whether the losses of the accumulated batches are added up; the base trainer averages them otherwise."""
@@ -165,4 +194,7 @@ class DipTrainerMixin(_Base):
 
 
 class DipTrainer(DipTrainerMixin, Trainer):
-    """transformers' `Trainer` with the DIP objective."""
+    """transformers' `Trainer` with the DIP objective, computed without the whole batch's logits where it can be."""
+
+    def _needs_no_outputs(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+        return not return_outputs and self._data_loss_is_plain(inputs)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dipnet_hf.objective import supervised_logits
+from dipnet_hf.objective import supervised
 from dipnet_hf.report import provenance
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
@@ -156,7 +156,7 @@ def mean_log_probs(teacher: PeftModel, batch: dict, num_samples: int) -> torch.T
     total = None
     with torch.no_grad(), teacher.sampling():
         for _ in range(num_samples):
-            logits, _ = supervised_logits(teacher(**inputs).logits, batch["labels"], shift=True)
+            logits, _ = supervised(teacher(**inputs).logits, batch["labels"], shift=True)
             log_probs = torch.log_softmax(logits.float(), dim=-1)
             total = log_probs if total is None else torch.logaddexp(total, log_probs)
     return total - math.log(num_samples)
@@ -250,7 +250,7 @@ class DistillTrainer(Trainer):
         """Compute the loss of one batch, per supervised token of the optimizer step."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         labels = inputs["labels"]
-        logits_NV, targets_N = supervised_logits(outputs.logits, labels, shift=True)
+        logits_NV, targets_N = supervised(outputs.logits, labels, shift=True)
         num_items = targets_N.numel() if num_items_in_batch is None else num_items_in_batch
         divergence = distillation_loss(logits_NV, *self.targets(inputs), self.temperature)
         has_answer = inputs["has_answer"].bool()[:, None].expand_as(labels)[:, 1:][labels[:, 1:] != -100]
@@ -326,7 +326,7 @@ def measure(model: torch.nn.Module, loader: DataLoader, compare_samples: list[in
         lengths = (labels[:, 1:] != -100).sum(1).tolist()
         total = None
         for k, logits_BLV in enumerate(samples, start=1):
-            logits_NV, targets = supervised_logits(logits_BLV, labels, shift=True)
+            logits_NV, targets = supervised(logits_BLV, labels, shift=True)
             log_probs = torch.log_softmax(logits_NV.float(), dim=-1)
             total = log_probs if total is None else torch.logaddexp(total, log_probs)
             if k in figures:

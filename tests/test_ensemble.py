@@ -291,17 +291,6 @@ def test_layers_with_inputs_of_their_own_are_right_too(name):
     )
 
 
-def test_masks_are_repeated_wherever_a_layer_is_given_them():
-    model, _ = make(layers_to_transform=[1, 2])
-    with torch.no_grad(), model.ensemble(3):
-        ensemble = model.base_model._ensemble
-        ensemble._num_rows, ensemble._enters_layers = 4, True
-        mask, rotation, bias = torch.ones(4, 7), torch.ones(4, 8), torch.ones(4, 1, 7, 7)
-        args, kwargs = ensemble._enter_layer(None, (torch.ones(4, 7, 32), mask.bool()), {"m": mask.long(), "b": bias})
-    assert [len(value) for value in (*args, *kwargs.values())] == [12] * 4
-    assert ensemble._repeat_tree(rotation) is rotation  # (L, head_dim), for all rows
-
-
 def test_noise_drawn_in_inference_mode_may_meet_gradients():
     model, input_ids = make(weights="full")
     with model.ensemble(2):

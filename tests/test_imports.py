@@ -32,7 +32,8 @@ class Row(NamedTuple):
 TABLE = {
     # The maths: testable without PEFT or transformers. accelerate is for unwrapping a model only.
     "noise": Row(others="numpy torch", lazy="kernels"),
-    "objective": Row(others="accelerate numpy torch", lazy="kernels"),
+    "chunked_loss": Row(others="torch"),
+    "objective": Row(ours="chunked_loss", others="accelerate numpy torch"),
     "uncertainty": Row(others="numpy torch"),
     "kernels": Row(others="torch triton"),
     # The tuner. Saving a config writes the folder's card, which states the package's version.
@@ -42,9 +43,12 @@ TABLE = {
     "sites": Row(ours="config projection", others="peft torch transformers"),
     "calibration": Row(ours="projection", others="accelerate torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
-    "ensemble": Row(ours="noise projection uncertainty", others="peft torch transformers"),
+    "rows": Row(others="torch transformers"),
+    "head_inputs": Row(ours="chunked_loss", others="torch transformers"),
+    "ensemble": Row(ours="noise projection rows uncertainty", others="peft torch transformers"),
     "model": Row(
-        ours="calibration config ensemble noise objective projection sites weights", others="peft torch transformers"
+        ours="calibration config ensemble head_inputs noise objective projection rows sites weights",
+        others="peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),
     # What uses it.

@@ -81,9 +81,12 @@ class Noisy(nn.Module):
         self.logits = nn.Parameter(logits)
         self.pairs = []
 
-    def antithetic_pairs(self, enabled):
-        self.pairs.append(enabled)
+    def sampled_rows(self, num_samples, antithetic):
+        self.pairs.append(antithetic and num_samples > 1)
         return contextlib.nullcontext()
+
+    def hidden_states_taken(self, shape):
+        return contextlib.nullcontext(SimpleNamespace(pop=lambda: None))
 
     def prior_loss(self):
         return self.logits.square().mean()
