@@ -49,17 +49,17 @@ bench: .venv/.installed  ## time and memory of a training step and of an ensembl
 	.venv/bin/python benchmarks/ensemble.py
 
 # Resolves pyproject.toml for all supported Pythons at once; a pin that still holds is kept, delete its line to renew it.
-# What torch brings along for CUDA is left out: that is for the chosen build of torch to say. The oldest set is resolved
-# for Python 3.10, so that its pins are one list. In it torch stays at the current version: its lower bound is the one
+# What torch brings along for CUDA is left out: that is for the chosen build of torch to say. Triton is pinned to what
+# torch 2.13.0 for CUDA asks for. The oldest set is resolved for Python 3.10, so that its pins are one list. In it torch stays at the current version: its lower bound is the one
 # transformers states, and is not tested here.
 UV_COMPILE = uv pip compile pyproject.toml - --extra dev --python-version 3.10 --no-annotate --quiet \
 	--custom-compile-command "make lock"
-DROP_CUDA = sed -i.bak -E '/^(cuda|nvidia|triton)[a-z0-9-]*==/d'
+DROP_CUDA = sed -i.bak -E '/^(cuda|nvidia)[a-z0-9-]*==/d'
 
 lock:  ## resolve both constraints files again (needs uv)
-	echo torch==2.13.0 | $(UV_COMPILE) --universal -o constraints.txt
+	printf 'torch==2.13.0\ntriton==3.7.1\n' | $(UV_COMPILE) --universal -o constraints.txt
 	$(DROP_CUDA) constraints.txt && rm constraints.txt.bak
-	printf 'torch==2.13.0\ntokenizers==0.23.1\n' | $(UV_COMPILE) --resolution lowest-direct -o constraints-oldest.txt
+	printf 'torch==2.13.0\ntriton==3.7.1\ntokenizers==0.23.1\n' | $(UV_COMPILE) --resolution lowest-direct -o constraints-oldest.txt
 	$(DROP_CUDA) constraints-oldest.txt && rm constraints-oldest.txt.bak
 
 clean:  ## remove build products and caches; keeps runs/ and the environments

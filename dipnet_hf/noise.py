@@ -7,6 +7,8 @@ Shape legend: x is any tensor with D entries along `channel_dim` (batch, sequenc
 S samples, R rows, L sequence, D hidden size.
 """
 
+import importlib.util
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -44,7 +46,8 @@ def fold_in(key: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
 def draw_noise(x: torch.Tensor, key: torch.Tensor, antithetic: bool = False) -> torch.Tensor:
     """Draw the standard normal noise that `key` stands for, float32, with the shape and on the device of `x`.
 
-    A device's generator takes what it can of the key: the CPU's the low 32 bits.
+    A device's generator takes what it can of the key: the CPU's the low 32 bits. Where Triton runs, `project` draws
+    other noise: that of `kernels.projection`.
 
     With `antithetic`, the second half of the rows is the negative of the first.
 
@@ -52,15 +55,19 @@ def draw_noise(x: torch.Tensor, key: torch.Tensor, antithetic: bool = False) -> 
         ValueError: `antithetic` with an odd number of rows.
     """
     generator = torch.Generator(device=x.device).manual_seed(int(key))
+    _check_pairs(x, antithetic)
     if not antithetic:
         return torch.randn(x.shape, generator=generator, device=x.device)
-    if x.shape[0] % 2:
+    eps = torch.randn(x.shape[0] // 2, *x.shape[1:], generator=generator, device=x.device)
+    return torch.cat([eps, -eps])
+
+
+def _check_pairs(x: torch.Tensor, antithetic: bool) -> None:
+    if antithetic and x.shape[0] % 2:
         raise ValueError(
             f"Antithetic noise needs an even number of rows, got {x.shape[0]}. Repeat the batch once a sample, "
             "with an even num_samples, or set antithetic=False."
         )
-    eps = torch.randn(x.shape[0] // 2, *x.shape[1:], generator=generator, device=x.device)
-    return torch.cat([eps, -eps])
 
 
 class Positions(NamedTuple):
@@ -149,10 +156,26 @@ def shaped_std(x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, chann
     return (scale * torch.exp(logvar / 2)).to(torch.promote_types(x.dtype, torch.float32)).view(shape)
 
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _kernels(x: torch.Tensor, channel_dim: int) -> ModuleType | None:
+    """The Triton kernels for the noise of `x`, and of its gradient, which has its device, dtype and dimensions."""
+    is_last = channel_dim in (-1, x.dim() - 1)
+    if not (x.is_cuda and is_last and x.dtype in _KERNEL_DTYPES and importlib.util.find_spec("triton")):
+        return None
+    from .kernels import projection
+
+    return projection
+
+
 @torch.library.custom_op("dipnet_hf::project", mutates_args=())
 def _project(
     x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, key: torch.Tensor, antithetic: bool, channel_dim: int
 ) -> torch.Tensor:
+    if kernels := _kernels(x, channel_dim):
+        _check_pairs(x, antithetic)
+        return kernels.project(x, shaped_std(x, logvar, scale, -1).flatten(), int(key), antithetic)
     return add_noise(x, draw_noise(x, key, antithetic), shaped_std(x, logvar, scale, channel_dim))
 
 
@@ -171,6 +194,10 @@ def _project_logvar_grad(
     channel_dim: int,
 ) -> torch.Tensor:
     std = shaped_std(grad_u, logvar, scale, channel_dim)
+    if kernels := _kernels(grad_u, channel_dim):
+        summed = kernels.noise_gradient(grad_u, int(key), antithetic)
+        summed = summed.sum(0, keepdim=True) if logvar.numel() == 1 else summed
+        return (summed * std.view(-1) / 2).to(logvar.dtype)
     product = draw_noise(grad_u, key, antithetic).to(std.dtype).mul_(grad_u)
     if logvar.numel() == 1:
         summed = product.sum().reshape(1)

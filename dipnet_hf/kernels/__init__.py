@@ -1,0 +1,1 @@
+"""Triton versions of tensor functions elsewhere in the library, imported only where they run."""

@@ -1,0 +1,144 @@
+"""The Triton kernels, in Triton's interpreter (see `conftest.py`) or compiled on a GPU: noise, forward, gradient."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
+from dipnet_hf import noise
+from dipnet_hf.kernels import projection as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEY = 0x1234_5678_9ABC_DEF0
+SHAPES = [(1, 1, 1), (3, 7, 5), (2, 64, 33), (4, 1023), (6, 3, 130)]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def the_operator_uses_the_kernels(monkeypatch):
+    monkeypatch.setattr(noise, "_kernels", lambda x, channel_dim: kernels)
+
+
+def kernel_noise(shape, key=KEY, antithetic=False):
+    return kernels.project(torch.zeros(shape, device=DEVICE), torch.ones(1, device=DEVICE), key, antithetic)
+
+
+def philox(key, counter, num_rounds):
+    """Philox4x32 by its definition, one counter at a time."""
+    keys = [key & 0xFFFFFFFF, key >> 32]
+    state = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+    for _ in range(num_rounds):
+        products = 0xD2511F53 * state[0], 0xCD9E8D57 * state[2]
+        state = [
+            (products[1] >> 32) ^ state[1] ^ keys[0],
+            products[1] & 0xFFFFFFFF,
+            (products[0] >> 32) ^ state[3] ^ keys[1],
+            products[0] & 0xFFFFFFFF,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return state
+
+
+def slow_noise(num_rows, hidden_size, key):
+    """Box and Muller's normals of four neighbours in a row from one Philox counter."""
+    rows = []
+    num_groups = math.ceil(hidden_size / 4)
+    for row in range(num_rows):
+        values = []
+        for group in range(num_groups):
+            words = np.array(philox(key, row * num_groups + group, 7), dtype=np.uint32).view(np.int32)
+            uniforms = [float(-1 - int(w) if w < 0 else int(w)) * 4.6566127342e-10 for w in words]
+            for u1, u2 in (uniforms[:2], uniforms[2:]):
+                radius = math.sqrt(-2 * math.log(max(1e-7, u1)))
+                values += [radius * math.cos(2 * math.pi * u2), radius * math.sin(2 * math.pi * u2)]
+        rows.append(values[:hidden_size])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 33)])
+@pytest.mark.parametrize("key", [0, KEY, 2**63 - 1])
+def test_the_noise_is_philox(shape, key):
+    torch.testing.assert_close(kernel_noise(shape, key).cpu(), slow_noise(*shape, key), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_forward_and_gradients_equal_the_reference(shape, dtype, per_channel, antithetic):
+    if antithetic and shape[0] % 2:
+        shape = (2 * shape[0], *shape[1:])
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+    logvar = torch.randn(shape[-1] if per_channel else 1, device=DEVICE, requires_grad=True)
+    scale, weight = torch.tensor(0.3, device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
+    u = noise.project(x, logvar, scale, torch.tensor(KEY), antithetic)
+    u.backward(weight)
+    eps = kernel_noise(shape, antithetic=antithetic)
+    if antithetic:
+        assert torch.equal(eps[: shape[0] // 2], -eps[shape[0] // 2 :])
+    std = scale * torch.exp(logvar.detach() / 2)
+    tolerance = TOLERANCE[dtype]
+    assert u.dtype == dtype
+    torch.testing.assert_close(u.float(), x.detach().float() + std * eps, atol=tolerance, rtol=tolerance)
+    assert torch.equal(x.grad, weight)
+    expected = (weight.float() * eps * std / 2).flatten(0, -2).sum(0).sum_to_size(logvar.shape)
+    torch.testing.assert_close(logvar.grad, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_moments_and_independence():
+    eps = kernel_noise((16, 64, 32))
+    n = eps.numel()
+    assert abs(eps.mean()) < 5 / math.sqrt(n)
+    assert abs(eps.var() - 1) < 5 * math.sqrt(2 / n)
+    assert abs(eps.pow(4).mean() - 3) < 5 * math.sqrt(96 / n)
+    for dim in range(3):
+        for lag in (1, 2, 3):  # within a group of four too
+            a, b = eps.narrow(dim, 0, eps.shape[dim] - lag), eps.narrow(dim, lag, eps.shape[dim] - lag)
+            assert abs((a * b).mean()) < 5 / math.sqrt(a.numel()), (dim, lag)
+            assert abs((a.square() * b.square()).mean() - 1) < 5 * math.sqrt(8 / a.numel()), (dim, lag)
+
+
+@pytest.mark.parametrize("other", [KEY + 1, KEY + 2**32, KEY + 2**62])
+def test_all_bits_of_a_key_count(other):
+    a, b = kernel_noise((32, 64)), kernel_noise((32, 64), other)
+    assert abs((a * b).mean()) < 5 / math.sqrt(a.numel())
+    assert torch.equal(a, kernel_noise((32, 64)))
+
+
+def test_the_noise_does_not_depend_on_dtype_or_layout():
+    x = torch.zeros(8, 6, 5, device=DEVICE)
+    std = torch.ones(1, device=DEVICE)
+    eps = kernels.project(x, std, KEY, False)
+    # The interpreter rounds to bfloat16 toward zero.
+    torch.testing.assert_close(kernels.project(x.bfloat16(), std, KEY, False).float(), eps, atol=0, rtol=2**-7)
+    assert torch.equal(kernels.project(torch.zeros(5, 6, 8, device=DEVICE).transpose(0, 2), std, KEY, False), eps)
+    assert torch.equal(kernels.project(x[:1, :1].expand(8, 6, 5), std, KEY, False), eps)
+
+
+def test_the_gradient_of_an_expanded_tensor():
+    grad = torch.ones(1, 1, 5, device=DEVICE).expand(8, 6, 5)
+    expected = kernel_noise((8, 6, 5)).flatten(0, 1).sum(0)
+    torch.testing.assert_close(kernels.noise_gradient(grad, KEY, False), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_odd_rows_have_no_pairs():
+    x, logvar = torch.zeros(3, 4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    with pytest.raises(ValueError, match="even number of rows, got 3"):
+        noise.project(x, logvar, torch.tensor(1.0, device=DEVICE), torch.tensor(1), antithetic=True)
+
+
+def test_a_tensor_without_elements():
+    x = torch.zeros(0, 4, device=DEVICE)
+    assert kernels.project(x, torch.ones(4, device=DEVICE), KEY, False).shape == (0, 4)
+    assert torch.equal(kernels.noise_gradient(x, KEY, False), torch.zeros(4, device=DEVICE))
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_uses_the_kernels(monkeypatch):
+    monkeypatch.undo()
+    x = torch.zeros(4, 8, device="cuda")
+    u = noise.project(x, torch.zeros(8, device="cuda"), torch.tensor(1.0, device="cuda"), torch.tensor(KEY))
+    assert torch.equal(u, kernel_noise((4, 8)))
