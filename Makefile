@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu test-oldest style bench lock clean
+.PHONY: help env demo test test-gpu test-oldest style bench bench-gpu lock clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,9 +44,14 @@ style: .venv/.installed  ## lint, format, types, spelling: checks only
 	.venv/bin/mypy
 	.venv/bin/codespell
 
-bench: .venv/.installed  ## time and memory of a training step and of an ensemble's answers
-	.venv/bin/python benchmarks/step.py
-	.venv/bin/python benchmarks/ensemble.py
+bench: .venv/.installed  ## every benchmark, on this machine (about 25 minutes on two cores)
+	for name in step loss projection scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
+
+bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no network, under 8 minutes
+	.venv/bin/python benchmarks/projection.py
+	.venv/bin/python benchmarks/loss.py
+	.venv/bin/python benchmarks/step.py --rounds 5
+	.venv/bin/python benchmarks/ensemble.py --hidden 2048 --samples 1 8 --rounds 3
 
 # Resolves pyproject.toml for all supported Pythons at once; a pin that still holds is kept, delete its line to renew it.
 # What torch brings along for CUDA is left out: that is for the chosen build of torch to say. Triton is pinned to what

@@ -74,10 +74,15 @@ def resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
+def results_path(script: str) -> Path:
+    """Where a script's results stand."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return RESULTS / f"{Path(script).stem}-{device}.json"
+
+
 def write_results(script: str, config: dict, **results: list[dict]) -> None:
     """Write `results/<script>-<device>.json`, with its provenance, and say where it is."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"{Path(script).stem}-{device}.json"
+    path = results_path(script)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps({"provenance": provenance(script, config, seed=0), **results}, indent=2) + "\n")
     print(f"Written to {path}")

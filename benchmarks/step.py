@@ -1,22 +1,36 @@
-"""What a DIPNet training step costs: time and peak memory against the same fine-tuning without DIPNet.
+"""What a DIPNet training step costs: time and peak memory against what a user would run instead.
 
     python benchmarks/step.py                    # all rows, table and benchmarks/results/step-<device>.json
-    python benchmarks/step.py --hidden 256 --pairs 3
+    python benchmarks/step.py --hidden 256 --rounds 3
 
-A step is forward, backward and optimizer inside transformers' Trainer, on one batch of random tokens. Time is measured
-in pairs: a plain step, then a DIPNet step, in one process, so that what else the machine does hits both; a row gives
-the median and the quartiles of the pairs' ratios. Peak memory, model and optimizer state included, is measured in a
-process of its own for each side. Absolute times mean something on a GPU only. Not run on a GPU yet.
+A step is forward, backward and optimizer inside a trainer, on one batch of random tokens whose first half is a prompt
+without labels. All trainers take it in turns in one process, in an order that rotates, so that what else the machine
+does hits all; a row gives the median and the quartiles of the rounds' ratios. Peak memory, model and optimizer state
+included, is measured in a process of its own for each trainer. Liger runs on a GPU, where it is installed. Absolute
+times mean something on a GPU only. Not run on a GPU yet.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
 
 if not __package__:  # run as a script: Python put benchmarks/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -29,49 +43,88 @@ from benchmarks.measure import (
     time_round,
     write_results,
 )
-from dipnet_hf import DipConfig, DipTrainer, get_dip_model
+from dipnet_hf import DipConfig, DipSFTTrainer, DipTrainer, get_dip_model
 
-NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH = 4, 8192, 2, 128
+
+class Side(NamedTuple):
+    """One way to train. `num_samples` is S of eq. (2), 0 without DIPNet."""
+
+    trainer: type[Trainer]
+    num_samples: int = 0
+    upper: bool = False  # the upper half of the layers is projected, not all
+    stability: bool = False  # eq. (4) on the logits
+    liger: bool = False
+
+
+SIDES = {
+    "Trainer": Side(Trainer),
+    "SFT": Side(SFTTrainer),
+    "S=1": Side(DipTrainer, 1),
+    "S=1 SFT": Side(DipSFTTrainer, 1),
+    "S=2": Side(DipTrainer, 2),
+    "S=4": Side(DipTrainer, 4),
+    "S=4 SFT": Side(DipSFTTrainer, 4),
+    "S=4 upper half": Side(DipTrainer, 4, upper=True),
+    "S=4 stability on logits": Side(DipTrainer, 4, stability=True),
+}
+RATIOS = [
+    ("S=1 SFT", "SFT"),
+    ("S=1", "Trainer"),
+    ("S=1 SFT", "Trainer"),
+    ("S=2", "S=1"),
+    ("S=4", "S=1"),
+    ("S=4 SFT", "S=1 SFT"),
+    ("S=4 upper half", "S=1"),
+    ("S=4 stability on logits", "S=4"),
+]
+if torch.cuda.is_available():
+    NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH, HIDDEN_SIZES = 16, 32_000, 4, 1024, [2048]
+else:
+    NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH, HIDDEN_SIZES = 4, 8192, 2, 128, [256, 1024]
+if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+    SIDES |= {"Trainer Liger": Side(Trainer, liger=True), "S=1 Liger": Side(DipTrainer, 1, liger=True)}
+    RATIOS += [("S=1 Liger", "Trainer Liger"), ("S=1", "Trainer Liger")]
 MEMORY_STEPS = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure every row, print the table and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN_SIZES)
     parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
-    parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--pairs", type=int, default=9, help="timed pairs a row")
-    parser.add_argument("--memory-of", nargs=3, metavar=("HIDDEN", "WEIGHTS", "SAMPLES"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of all trainers")
+    parser.add_argument("--memory-of", nargs=3, metavar=("HIDDEN", "WEIGHTS", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.memory_of:
-        hidden, weights, samples = args.memory_of
-        print(peak_memory(lambda: train(int(hidden), weights, int(samples))))
+        hidden, weights, side = args.memory_of
+        print(peak_memory(lambda: train(int(hidden), weights, SIDES[side])))
         return
 
-    cases = [(h, w, s) for h in args.hidden for w in args.weights for s in args.samples]
     rows = []
-    for hidden, weights, samples in tqdm(cases, desc="cases"):
-        time_ratios = measure_time(hidden, weights, samples, args.pairs)
-        plain, dip = (memory_in_own_process(__file__, hidden, weights, s) for s in (0, samples))
-        rows.append(
-            {
-                "hidden": hidden,
-                "weights": weights,
-                "num_samples": samples,
-                **summarize("time_ratio", time_ratios),
-                "num_pairs": args.pairs,
-                "memory_ratio": dip / plain,
-                "plain_peak_mib": plain / 2**20,
-            }
-        )
+    for hidden, weights in tqdm([(h, w) for h in args.hidden for w in args.weights], desc="models"):
+        rounds = measure_time(hidden, weights, args.rounds)
+        memory = {name: memory_in_own_process(__file__, hidden, weights, name) for name in SIDES}
+        for name, peer in RATIOS:
+            rows.append(
+                {
+                    "hidden": hidden,
+                    "weights": weights,
+                    "side": name,
+                    "peer": peer,
+                    **summarize("time_ratio", [seconds[name] / seconds[peer] for seconds in rounds]),
+                    "num_rounds": args.rounds,
+                    "memory_ratio": memory[name] / memory[peer],
+                    "peer_peak_mib": memory[peer] / 2**20,
+                    "peer_seconds": sorted(seconds[peer] for seconds in rounds)[args.rounds // 2],
+                }
+            )
     print_table(rows)
     config = {"num_layers": NUM_LAYERS, "vocab_size": VOCAB_SIZE, "batch_size": BATCH_SIZE, "length": LENGTH}
     write_results(__file__, config, rows=rows)
 
 
-def build(hidden: int, weights: str, samples: int) -> tuple[Trainer, dict[str, torch.Tensor]]:
-    """Build a trainer and its batch; `samples=0` is plain fine-tuning of the same weights."""
+def build(hidden: int, weights: str, side: Side) -> tuple[Trainer, dict[str, torch.Tensor]]:
+    """Build a trainer and its batch."""
     set_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -83,54 +136,77 @@ def build(hidden: int, weights: str, samples: int) -> tuple[Trainer, dict[str, t
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
-    batch = {"input_ids": torch.randint(VOCAB_SIZE, (BATCH_SIZE, LENGTH))}
-    batch["labels"] = batch["input_ids"]
+    if torch.cuda.is_available():
+        model.to("cuda", torch.bfloat16)
+    if side.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=side.num_samples == 0)
+    batch = {"input_ids": torch.randint(3, VOCAB_SIZE, (BATCH_SIZE, LENGTH), device=model.device)}
+    batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"].clone()}
+    batch["labels"][:, : LENGTH // 2] = -100
     adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if weights == "lora" else "full"
-    if samples:
-        model = get_dip_model(model, DipConfig(weights=adapter, num_samples=samples), calibration=[batch])
+    if side.num_samples:
+        dip_config = DipConfig(
+            weights=adapter,
+            num_samples=side.num_samples,
+            layers_to_transform=list(range(NUM_LAYERS // 2, NUM_LAYERS)) if side.upper else None,
+            stability_loss_weight=0.1 if side.stability else 0.0,
+            stability_target="logits",
+        )
+        model = get_dip_model(model, dip_config, calibration=[batch])
     elif weights == "lora":
         model = get_peft_model(model, adapter)
-    if torch.cuda.is_available():
-        model.to(torch.bfloat16)
-    arguments = TrainingArguments(output_dir="runs/benchmark", report_to=[], disable_tqdm=True)
-    trainer = (DipTrainer if samples else Trainer)(model, arguments)
+    trainer = make_trainer(model, side.trainer)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    return trainer, {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+    return trainer, batch
+
+
+def make_trainer(model, trainer_class: type[Trainer]) -> Trainer:
+    """Make a trainer that is given its batches by hand; TRL's wants a tokenizer and data nevertheless."""
+    arguments = {"output_dir": "runs/benchmark", "report_to": [], "disable_tqdm": True}
+    if not issubclass(trainer_class, SFTTrainer):
+        return trainer_class(model, TrainingArguments(**arguments))
+    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    config = SFTConfig(**arguments, bf16=False, gradient_checkpointing=False)
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
+    return trainer_class(model, config, train_dataset=rows, processing_class=tokenizer)
 
 
 def step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
     """One training step."""
-    trainer.training_step(trainer.model, dict(batch), torch.tensor(batch["labels"][:, 1:].numel()))
+    num_items = (batch["labels"][:, 1:] != -100).sum()
+    trainer.training_step(trainer.model, dict(batch), num_items)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
 
 
-def measure_time(hidden: int, weights: str, samples: int, num_pairs: int) -> list[float]:
-    """The ratio DIPNet / plain of each timed pair of steps."""
-    plain, dip = build(hidden, weights, 0), build(hidden, weights, samples)
-    for _ in range(2):
-        step(*plain), step(*dip)
-    sides = {"plain": lambda: step(*plain), "dip": lambda: step(*dip)}
-    pairs = [time_round(sides, number) for number in range(num_pairs)]
-    return [pair["dip"] / pair["plain"] for pair in pairs]
+def measure_time(hidden: int, weights: str, num_rounds: int) -> list[dict[str, float]]:
+    """The seconds of a step of every side, in every round."""
+    built = {name: build(hidden, weights, side) for name, side in SIDES.items()}
+    sides = {name: (lambda both=both: step(*both)) for name, both in built.items()}
+    for warmup in range(2):
+        time_round(sides, warmup)
+    return [time_round(sides, number) for number in range(num_rounds)]
 
 
-def train(hidden: int, weights: str, samples: int) -> None:
+def train(hidden: int, weights: str, side: Side) -> None:
     """The steps whose peak memory is measured, model and optimizer state included."""
-    trainer, batch = build(hidden, weights, samples)
+    trainer, batch = build(hidden, weights, side)
     for _ in range(MEMORY_STEPS):
         step(trainer, batch)
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a case."""
-    print(f"{'hidden':>7} {'weights':>8} {'S':>3}   time / plain (quartiles)   peak memory / plain")
+    """Print one line a ratio."""
+    print(f"{'hidden':>7} {'weights':>8}  {'step of':<24} over that of   time (quartiles)       peak memory")
     for row in rows:
         print(
-            f"{row['hidden']:>7} {row['weights']:>8} {row['num_samples']:>3}   "
-            f"{format_ratio(row, 'time_ratio')}        {row['memory_ratio']:.3f}"
+            f"{row['hidden']:>7} {row['weights']:>8}  {row['side']:<24} {row['peer']:<13} "
+            f"{format_ratio(row, 'time_ratio'):<22} {row['memory_ratio']:.3f}"
         )
 
 

@@ -4,23 +4,43 @@ import json
 import math
 
 import pytest
+import torch
 
-from benchmarks import ensemble, measure, step
+pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11")
+from benchmarks import ensemble, gradient_variance, loss, measure, projection, scaling, step
+from tests.tiny_models import build, make_batch
+
+
+# trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """The folder of result files, of benchmarks that are tiny and measure memory by counting calls."""
-    for module in (ensemble, step):
+    for module in (ensemble, step, scaling):
         monkeypatch.setattr(module, "VOCAB_SIZE", 64)
-        monkeypatch.setattr(module, "NUM_LAYERS", 2)
-        monkeypatch.setattr(module, "memory_in_own_process", lambda script, *case: 2**20 * (1 + int(case[-1])))
+        monkeypatch.setattr(module, "NUM_LAYERS", 2, raising=False)
+    for module in (ensemble, step, scaling, loss, projection):
+        monkeypatch.setattr(module, "memory_in_own_process", lambda script, *case: 2**20 * memory_of_case(case))
+    monkeypatch.setattr(loss, "HIDDEN_SIZE", 8)
+    monkeypatch.setattr(loss, "NUM_TOKENS", 5)
+    monkeypatch.setattr(projection, "SHAPES", [(2, 3, 5)])
+    monkeypatch.setattr(projection, "NUM_CALLS", 1)
+    monkeypatch.setitem(projection.IMPLEMENTATIONS, "compiled", projection.eager)
+    monkeypatch.setattr(scaling, "START", scaling.Point(length=8, hidden_size=64, num_layers=1))
+    monkeypatch.setattr(scaling, "CURVES", {"S": ("num_samples", [1, 2]), "k": ("num_trajectories", [1, 2])})
     for name, value in dict(PROMPT_LENGTH=4, ANSWER_LENGTH=3, NUM_REQUESTS=5, REQUEST_LENGTH=6, BATCH_SIZE=2).items():
         monkeypatch.setattr(ensemble, name, value)
     monkeypatch.setattr(step, "LENGTH", 8)
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "results"
+
+
+def memory_of_case(case):
+    """A number that tells the cases apart: their samples, or the length of a side's name."""
+    return 1 + int(case[-1]) if str(case[-1]).isdigit() else len(str(case[-1]))
 
 
 def test_ensemble_compares_every_case_with_both_peers(results, capsys):
@@ -58,21 +78,79 @@ def test_all_sides_write_answers_of_one_length():
     assert [tuple(answer.shape) for answer in answers] == [(1, 7)] * 4
 
 
+def read(results, name):
+    (path,) = results.glob(f"{name}-*.json")
+    return json.loads(path.read_text())["rows"]
+
+
 def test_step_compares_every_case(results, capsys):
-    step.main(["--hidden", "64", "--weights", "lora", "full", "--samples", "2", "--pairs", "2"])
-    (path,) = results.glob("step-*.json")
-    written = json.loads(path.read_text())
-    assert [(row["weights"], row["num_samples"]) for row in written["rows"]] == [("lora", 2), ("full", 2)]
-    for row in written["rows"]:
+    step.main(["--hidden", "64", "--weights", "lora", "full", "--rounds", "2"])
+    rows = read(results, "step")
+    assert [(row["side"], row["peer"]) for row in rows] == 2 * step.RATIOS
+    for row in rows:
         check_ratio(row, "time_ratio")
-        assert row["memory_ratio"] == 3 and row["plain_peak_mib"] == 1
-    assert capsys.readouterr().out.splitlines()[-1] == f"Written to {path}"
+        assert row["memory_ratio"] == len(row["side"]) / len(row["peer"])
+    assert "S=4 upper half" in capsys.readouterr().out
+
+
+def test_all_losses_are_one_objective(results):
+    loss.main(["--vocab", "11", "--rounds", "2"])
+    rows = read(results, "loss")
+    assert len(rows) == 2 * (3 + 5)
+    for row in rows:
+        check_ratio(row, "time_over_naive")
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(20, 8), torch.randn(11, 8), torch.randint(11, (5,)).repeat(4)
+    values = {name: function(hidden, weight, targets, 4).item() for name, function in loss.LOSSES.items()}
+    assert values["ours"] == pytest.approx(values["naive"]) == pytest.approx(values["TRL"])
+    stable = "stability on logits"
+    assert values[f"ours, {stable}"] == pytest.approx(values[f"naive, {stable}"]) != pytest.approx(values["naive"])
+
+
+def test_projection_compares_implementations_with_a_copy(results):
+    projection.main(["--rounds", "2"])
+    rows = read(results, "projection")
+    assert [row["direction"] for row in rows] == ["forward"] * 3 + ["backward"] * 3 + ["forward", "backward"]
+    for row in rows:
+        check_ratio(row, "copy_bandwidth")
+
+
+def test_scaling_fits_exponents(results):
+    scaling.main(["--rounds", "2"])
+    assert [row["quantity"] for row in read(results, "scaling")] == ["S", "k"]
+    assert len(list(results.glob("scaling-*.png"))) == 1
+    fitted = scaling.exponents("time", [1, 2, 4, 8], [3.0, 12.0, 48.0, 384.0])
+    assert fitted["time_last_exponent"] == pytest.approx(3.0) and 2 < fitted["time_exponent"] < 3
+
+
+def test_the_variance_of_independent_samples_falls_as_one_over_s(results, monkeypatch):
+    rows = [{name: tensor[:1] for name, tensor in make_batch("llama", 2).items()}] * 2
+    model = gradient_variance.get_dip_model(
+        build("llama"),
+        gradient_variance.DipConfig(weights="full", init_noise_std=0.3, alpha=0.0, beta=0.0),
+        calibration=rows,
+    ).train()
+    torch.manual_seed(0)
+    measured = gradient_variance.measure(model, rows, 2, 64, {"noise_std": 0.3, "num_steps": 0})
+    ratios = {(row["num_samples"], row["antithetic"]): row["noise_variance_ratio"] for row in measured}
+    for num_samples in (2, 4, 8):
+        assert ratios[num_samples, False] == pytest.approx(1 / num_samples, rel=0.3)
+        assert ratios[num_samples, True] < 1.2 * ratios[num_samples, False]
+    assert [row["flops_ratio"] for row in measured] == pytest.approx([1, 2, 2, 4, 4, 8, 8], rel=0.05)
+
+
+def test_gradients_are_summed_up_as_vectors():
+    vectors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
+    assert gradient_variance.total_variance(iter(vectors)) == pytest.approx(2 + 8)
 
 
 @pytest.mark.parametrize(
     "module, case",
     [
-        (step, ["64", "lora", "2"]),
+        (step, ["64", "lora", "S=4 SFT"]),
+        (loss, ["11", "4", "trained", "ours"]),
+        (projection, ["0", "operator"]),
+        (scaling, ["1", "2", "8", "64", "1"]),
         (ensemble, ["generate", "64", "none", "0"]),
         (ensemble, ["generate", "64", "upper", "2"]),
         (ensemble, ["score", "64", "all", "2"]),
