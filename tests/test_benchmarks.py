@@ -10,7 +10,6 @@ pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11
 from benchmarks import ensemble, gradient_variance, loss, measure, projection, scaling, step
 from tests.tiny_models import build, make_batch
 
-
 # trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 
