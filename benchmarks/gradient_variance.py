@@ -1,4 +1,4 @@
-"""What a noise sample buys: the variance of the gradient estimate per FLOP, for S samples, independent or in pairs.
+"""What a noise sample buys: the variance of the gradient per FLOP, for samples alone, in pairs or after one prompt.
 
     python benchmarks/gradient_variance.py       # table, figure and benchmarks/results/gradient_variance-cpu.*
 
@@ -31,7 +31,8 @@ CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "stories260k-gsm8k-
 BATCH_SIZE = 4
 NUM_DATA_BATCHES = 32
 NOISE_STDS = (0.1, 0.3)
-CASES = [(1, False), (2, False), (2, True), (4, False), (4, True), (8, False), (8, True)]  # S, antithetic
+KINDS = {"independent": {}, "pairs": {"antithetic": True}, "shared prompt": {"shared_prompt_noise": True}}
+CASES = [(1, "independent")] + [(num_samples, kind) for num_samples in (2, 4, 8) for kind in KINDS]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,9 +80,9 @@ def measure(model, batches: list[dict], num_batches: int, num_draws: int, state:
         of_batches = torch.stack([gradient(model, batch) for batch in batches[:NUM_DATA_BATCHES]])
     of_data, mean_square = float(of_batches.var(0).sum()), float(of_batches.mean(0).square().sum())
     rows = []
-    for num_samples, antithetic in CASES:
-        config = model.base_model.active_dip_config
-        config.num_samples, config.antithetic = num_samples, antithetic
+    for num_samples, kind in CASES:
+        settings = {"num_samples": num_samples, "antithetic": False, "shared_prompt_noise": False} | KINDS[kind]
+        vars(model.base_model.active_dip_config).update(settings)
         of_noise = [total_variance(gradient(model, b) for _ in range(num_draws)) for b in batches[:num_batches]]
         flops = count_flops(model, batches[0])
         first = rows[0] if rows else {"noise_variance": statistics.mean(of_noise), "flops": flops}
@@ -91,7 +92,7 @@ def measure(model, batches: list[dict], num_batches: int, num_draws: int, state:
             {
                 **state,
                 "num_samples": num_samples,
-                "antithetic": antithetic,
+                "kind": kind,
                 "noise_variance": statistics.mean(of_noise),
                 "noise_variance_std": statistics.stdev(of_noise),
                 "data_variance": of_data,
@@ -129,10 +130,10 @@ def count_flops(model, batch: dict) -> int:
 
 def print_table(rows: list[dict]) -> None:
     """Print one line a row."""
-    print(f"{'std':>4} {'steps':>5} {'S':>2} pairs  noise variance  FLOPs  product  noise share  total product")
+    print(f"{'std':>4} {'steps':>5} {'S':>2} {'':<13}  noise variance  FLOPs  product  noise share  total product")
     for row in rows:
         print(
-            f"{row['noise_std']:>4} {row['num_steps']:>5} {row['num_samples']:>2} {row['antithetic']!s:>5}  "
+            f"{row['noise_std']:>4} {row['num_steps']:>5} {row['num_samples']:>2} {row['kind']:<13}  "
             f"{row['noise_variance_ratio']:>14.3f} {row['flops_ratio']:>6.2f} "
             f"{row['noise_variance_times_flops']:>8.2f} "
             f"{row['noise_share']:>12.2f} {row['total_variance_times_flops']:>14.2f}"
@@ -146,14 +147,14 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(NOISE_STDS), figsize=(9, 3.8), sharey=True, layout="constrained")
     for axis, std in zip(axes, NOISE_STDS, strict=True):
         for num_steps, style in zip(sorted({row["num_steps"] for row in rows}), ("-", "--"), strict=False):
-            for antithetic, color in ((False, "tab:blue"), (True, "tab:orange")):
+            for kind, color in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
                 curve = [
                     row
                     for row in rows
                     if (row["noise_std"], row["num_steps"]) == (std, num_steps)
-                    and (row["antithetic"] == antithetic or row["num_samples"] == 1)
+                    and (row["kind"] == kind or row["num_samples"] == 1)
                 ]
-                label = f"{'pairs' if antithetic else 'independent'}, after {num_steps} steps"
+                label = f"{kind}, after {num_steps} steps"
                 values = [row["noise_variance_times_flops"] for row in curve]
                 axis.plot([row["num_samples"] for row in curve], values, style, color=color, marker="o", label=label)
         axis.axhline(1, color="grey", linestyle=":")

@@ -38,6 +38,9 @@ class DipConfig(PeftConfig):
         logvar_learning_rate (`float`): the learning rate of the log-variances; they are never weight-decayed.
         num_samples (`int`): S of eq. (2), noise samples a training step.
         antithetic (`bool`): with an even `num_samples`, draw samples in pairs of +eps and -eps.
+        shared_prompt_noise (`bool`): the samples share the noise, and the cost, of what stands before a row's first
+            label; the answers are copied behind it. For causal language models with eager or sdpa attention and
+            independent samples, in `dip_loss` and `DipTrainer`.
         alpha (`float`, *optional*): weight of the summed variance in eq. (3). By default, and with `beta`, the KL
             divergence of weight 1 to a prior of standard deviation `init_noise_std`: see `kl_weights`.
         beta (`float`, *optional*): weight of the log-variance in eq. (3).
@@ -62,6 +65,7 @@ class DipConfig(PeftConfig):
     logvar_learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the log-variances."})
     num_samples: int = field(default=1, metadata={"help": "Noise samples a training step."})
     antithetic: bool = field(default=True, metadata={"help": "Samples in pairs of +eps and -eps."})
+    shared_prompt_noise: bool = field(default=False, metadata={"help": "One pass over the prompt for all samples."})
     alpha: float | None = field(default=None, metadata={"help": "Weight of the variance in eq. (3)."})
     beta: float | None = field(default=None, metadata={"help": "Weight of the log-variance in eq. (3)."})
     prior_reduction: str = field(default="mean", metadata={"help": "'mean' or 'sum'."})
@@ -151,6 +155,12 @@ class DipConfig(PeftConfig):
             raise ValueError(
                 f"antithetic samples come in pairs: num_samples must be even, got {self.num_samples}. "
                 "Change it, or set antithetic=False."
+            )
+
+        if self.shared_prompt_noise and (self.num_samples == 1 or self.antithetic):
+            raise ValueError(
+                "shared_prompt_noise needs num_samples >= 2 and antithetic=False: the prompt's noise has no opposite; "
+                f"got num_samples={self.num_samples} and antithetic={self.antithetic}."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .head_inputs import HeadInputs
 from .noise import fold_in, new_key
 from .projection import DipProjection, Draw, DrawMemory, NoiseSwitch, SiteDraw
 from .rows import RowRepeater
+from .shared_prompt import check_shares_prompts, lengthen
 from .sites import decoder_layers, find_sites
 from .weights import check_fits, check_sites, check_weights, export_weights, inject_weights, tuner_of
 
@@ -350,6 +351,13 @@ class DipModel(BaseTuner):
             self._head_inputs.compare_once()
         with self._head_inputs.taken(shape):
             yield self._head_inputs
+
+    def share_prompts(self, batch: dict[str, Any], num_samples: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """A batch whose rows hold `num_samples` answers after one prompt, see `shared_prompt.lengthen`."""
+        if not self.shifts_labels:
+            raise ValueError(f"shared_prompt_noise is for causal language models, not {type(self.model).__name__}.")
+        check_shares_prompts(self.model)
+        return lengthen(self.model, batch, num_samples)
 
     def calibrate(self, batches: Iterable) -> None:
         """Measure the RMS of every site's input and set it as the noise's scale: noise and dropout off, no padding.

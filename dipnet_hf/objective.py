@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 
 from .chunked_loss import chunked_loss
+from .shared_prompt import by_sample
 
 IGNORE_INDEX = -100
 
@@ -133,33 +134,48 @@ class DataTerms(NamedTuple):
     outputs: Any
 
 
-def data_terms(model: torch.nn.Module, inputs: dict[str, Any]) -> DataTerms:
+def data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> DataTerms:
     """Compute the data and the stability term in one forward pass, from whole logits only where there is no other way.
 
     Args:
         model (`torch.nn.Module`): from `get_dip_model`, also wrapped.
-        inputs (`dict`): from `expand_batch`, with `labels`.
+        batch (`dict`): model inputs with `labels`.
+
+    Raises:
+        ValueError: a row cannot be repeated, see `expand_batch`, or its prompt not shared, see `shared_prompt`.
     """
     tuner = extract_model_from_parallel(model, keep_torch_compile=False)
     config, shift = tuner.active_dip_config, tuner.shifts_labels
     samples, weight, target = config.num_samples, config.stability_loss_weight, config.stability_target
+    sample_BW = None
+    if config.shared_prompt_noise:
+        inputs, sample_BW = tuner.share_prompts(batch, samples)
+    else:
+        inputs = expand_batch(batch, samples)
     labels = inputs["labels"]
     if shift:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
     taken = None
-    with tuner.sampled_rows(samples, config.antithetic):
+    num_copies = samples if sample_BW is None else 1  # of the rows
+    with tuner.sampled_rows(num_copies, config.antithetic):
         if shift:
             with tuner.hidden_states_taken(labels.shape) as head_inputs:
                 outputs = model(**inputs)
                 taken = head_inputs.pop()
         else:
             outputs = model(**inputs)
+
+    def select(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if sample_BW is None:
+            return supervised(outputs, labels.to(outputs.device), shift)
+        return by_sample(outputs, labels.to(outputs.device), sample_BW.to(outputs.device), samples)
+
     if taken is not None:
         hidden_RLD, head = taken
-        hidden_RD, targets = supervised(hidden_RLD, labels.to(hidden_RLD.device), shift)
+        hidden_RD, targets = select(hidden_RLD)
         terms = chunked_loss(hidden_RD, targets, head, samples, weight, target)
         return DataTerms(*terms, targets.numel() // samples, outputs)
-    logits, targets = supervised(outputs.logits, labels.to(outputs.logits.device), shift)
+    logits, targets = select(outputs.logits)
     log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
     nll = -log_probs.sum() / samples
     stability = nll.new_zeros(())
@@ -189,7 +205,7 @@ def dip_loss(
     if "labels" not in batch:
         raise ValueError(f"dip_loss needs `labels` in the batch, got {sorted(batch)}.")
     tuner = extract_model_from_parallel(model, keep_torch_compile=False)
-    terms = data_terms(model, expand_batch(batch, tuner.active_dip_config.num_samples))
+    terms = data_terms(model, batch)
     num_items = terms.num_tokens if num_items_in_batch is None else num_items_in_batch
     num_items = torch.as_tensor(num_items, device=terms.total.device).clamp(min=1)
     share = 1.0 if num_items_in_batch is None else terms.num_tokens / num_items

@@ -28,7 +28,8 @@ class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
 
     def _needs_no_outputs(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
         plain = getattr(self.args, "loss_type", "nll") == "nll" and self._data_loss_is_plain(inputs)
-        return not return_outputs and plain and self._stabilizes_logits()
+        shares_prompts = self._tuner().active_dip_config.shared_prompt_noise
+        return not return_outputs and plain and (self._stabilizes_logits() or shares_prompts)
 
     def _stabilizes_logits(self) -> bool:
         config = self._tuner().active_dip_config

@@ -90,11 +90,16 @@ class DipTrainerMixin(_Base):
         if not self._tuner().training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         tuner = self._tuner()
-        inputs = expand_batch(inputs, tuner.active_dip_config.num_samples)
         if self._needs_no_outputs(inputs, return_outputs):
             loss, nll, stability = self._terms_without_logits(model, inputs, num_items_in_batch)
             outputs = None
+        elif tuner.active_dip_config.shared_prompt_noise:
+            raise ValueError(
+                f"shared_prompt_noise needs DipTrainer's plain loss; {type(self).__name__} computes another one here "
+                "(its own, label smoothing, or outputs that were asked for). Set shared_prompt_noise=False."
+            )
         else:
+            inputs = expand_batch(inputs, tuner.active_dip_config.num_samples)
             loss, nll, stability, outputs = self._terms(model, inputs, num_items_in_batch)
         prior = tuner.prior_loss()
         if self._losses_are_added(num_items_in_batch):

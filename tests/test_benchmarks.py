@@ -131,11 +131,13 @@ def test_the_variance_of_independent_samples_falls_as_one_over_s(results, monkey
     ).train()
     torch.manual_seed(0)
     measured = gradient_variance.measure(model, rows, 2, 64, {"noise_std": 0.3, "num_steps": 0})
-    ratios = {(row["num_samples"], row["antithetic"]): row["noise_variance_ratio"] for row in measured}
+    ratios = {(row["num_samples"], row["kind"]): row["noise_variance_ratio"] for row in measured}
+    flops = {(row["num_samples"], row["kind"]): row["flops_ratio"] for row in measured}
     for num_samples in (2, 4, 8):
-        assert ratios[num_samples, False] == pytest.approx(1 / num_samples, rel=0.3)
-        assert ratios[num_samples, True] < 1.2 * ratios[num_samples, False]
-    assert [row["flops_ratio"] for row in measured] == pytest.approx([1, 2, 2, 4, 4, 8, 8], rel=0.05)
+        assert ratios[num_samples, "independent"] == pytest.approx(1 / num_samples, rel=0.3)
+        assert ratios[num_samples, "pairs"] < 1.2 * ratios[num_samples, "independent"]
+        assert flops[num_samples, "independent"] == flops[num_samples, "pairs"] == pytest.approx(num_samples, rel=0.05)
+        assert flops[num_samples, "shared prompt"] < num_samples
 
 
 def test_gradients_are_summed_up_as_vectors():

@@ -33,7 +33,8 @@ TABLE = {
     # The maths: testable without PEFT or transformers. accelerate is for unwrapping a model only.
     "noise": Row(others="numpy torch", lazy="kernels"),
     "chunked_loss": Row(others="torch"),
-    "objective": Row(ours="chunked_loss", others="accelerate numpy torch"),
+    "shared_prompt": Row(others="torch"),
+    "objective": Row(ours="chunked_loss shared_prompt", others="accelerate numpy torch"),
     "uncertainty": Row(others="numpy torch"),
     "kernels": Row(others="torch triton"),
     # The tuner. Saving a config writes the folder's card, which states the package's version.
@@ -47,7 +48,7 @@ TABLE = {
     "head_inputs": Row(ours="chunked_loss", others="torch transformers"),
     "ensemble": Row(ours="noise projection rows uncertainty", others="peft torch transformers"),
     "model": Row(
-        ours="calibration config ensemble head_inputs noise objective projection rows sites weights",
+        ours="calibration config ensemble head_inputs noise objective projection rows shared_prompt sites weights",
         others="peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),
