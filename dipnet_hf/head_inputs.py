@@ -63,8 +63,8 @@ class HeadInputs:
         head = self._model.get_output_embeddings() if isinstance(self._model, PreTrainedModel) else None
         if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks:
             return None
-        sharded = isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id")
-        return None if sharded else head
+        is_whole = head.weight.shape == (head.out_features, head.in_features)
+        return head if is_whole and not isinstance(head.weight, DTensor) else None
 
     def _output_head(self, head: nn.Linear) -> OutputHead:
         config = self._model.config.get_text_config()

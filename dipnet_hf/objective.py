@@ -61,7 +61,9 @@ def prior_loss(logvars: Sequence[torch.Tensor], alpha: float, beta: float, reduc
 
 
 def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
-    """Repeat every row of `batch` once a sample, sample by sample; `cu_seq_lens_*` of padding-free data are continued.
+    """Repeat every row of `batch` once a sample, sample by sample.
+
+    Boundaries of sequences in one row, of packed and padding-free data, go on where the last sample ended.
 
     Args:
         batch (`dict`): model inputs with `labels`, whose first dimension is the batch.
@@ -74,8 +76,8 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
             f"num_samples={num_samples} repeats the rows of `labels`, and the batch has only {sorted(batch)}."
         )
     rows = batch["labels"].shape[0]
-    expanded = dict(batch)
-    for name, value in batch.items():
+    expanded = {**batch, **_boundaries(batch)}
+    for name, value in expanded.items():
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             continue
         if name.startswith("cu_seq_lens"):
@@ -89,6 +91,23 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
                 f"does not have one for each of the {rows} rows. Use num_samples=1."
             )
     return expanded
+
+
+def _boundaries(batch: dict[str, Any]) -> dict[str, Any]:
+    """The boundaries of sequences in one row that only positions tell: in several rows flash attention sees none."""
+    positions = batch.get("position_ids")
+    known = any(name.startswith("cu_seq_lens") for name in batch)
+    if known or positions is None or positions.dim() != 2 or len(positions) > 1 or (positions == 0).sum() < 2:
+        return {}
+    starts = (positions[0] == 0).nonzero().flatten().to(torch.int32)
+    boundaries = torch.cat([starts, starts.new_tensor([positions.shape[1]])])
+    longest = int(boundaries.diff().max())
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def supervised(outputs: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +174,8 @@ def data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> DataTerms:
     labels = inputs["labels"]
     if shift:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        if inputs.get("position_ids") is not None:
+            inputs["use_cache"] = False  # with a cache transformers does not look for several sequences in a row
     taken = None
     num_copies = samples if sample_BW is None else 1  # of the rows
     with tuner.sampled_rows(num_copies, config.antithetic):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 
 from .model import DipModel
 from .objective import data_terms, expand_batch, stability_penalty, supervised
@@ -118,7 +118,9 @@ class DipTrainerMixin(_Base):
     def _data_loss_is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether transformers' `Trainer` takes eq. (2) alone, of labels that it shifts."""
         custom = self.label_smoother is not None or self.compute_loss_func is not None
-        adds_losses = getattr(self._tuner().config, "output_router_logits", False)  # those of a mixture of experts
+        config = getattr(self._tuner().model, "config", None)
+        text_config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+        adds_losses = getattr(text_config, "output_router_logits", False)  # those of a mixture of experts
         plain_inputs = "labels" in inputs and "shift_labels" not in inputs
         return plain_inputs and not custom and not adds_losses and self._tuner().shifts_labels
 

@@ -71,6 +71,31 @@ def test_expand_batch_repeats_sample_by_sample():
     assert expand_batch(batch, 1) is batch
 
 
+def test_boundaries_that_only_positions_tell_are_made_known():
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    expanded = expand_batch(batch, 2)
+    for side in "qk":
+        assert expanded[f"cu_seq_lens_{side}"].tolist() == [0, 3, 5, 8, 10]
+        assert expanded[f"max_length_{side}"] == 3
+    assert "cu_seq_lens_q" not in expand_batch({**batch, "position_ids": torch.arange(5)[None]}, 2)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_a_padding_free_row_costs_what_its_sequences_cost(num_samples):
+    """Noise off: sequences in one row see nothing of each other, in whichever copy of the row."""
+    config = DipConfig(init_noise_std=0.0, noise_scale="absolute", weights="full", num_samples=num_samples)
+    model = get_dip_model(build("llama"), config).train()
+    sequences = [torch.arange(3, 9), torch.arange(20, 24), torch.arange(40, 49)]
+    row = torch.cat(sequences)[None]
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
+    labels = row.masked_fill(positions == 0, -100)
+    packed = dip_loss(model, {"input_ids": row, "labels": labels, "position_ids": positions})
+    num_tokens = sum(len(sequence) - 1 for sequence in sequences)
+    alone = [dip_loss(model, {"input_ids": ids[None], "labels": ids[None]}, num_tokens) for ids in sequences]
+    assert packed.nll.item() == pytest.approx(sum(result.nll.item() for result in alone), rel=1e-5)
+
+
 class Noisy(nn.Module):
     """Stands for a DIP model: its logits differ between the rows of one sample and the next by fixed draws."""
 
