@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.memory_of:
         vocab, samples, head, loss = args.memory_of
-        print(memory_of(int(vocab), int(samples), head, loss))
+        print(peak_memory(step_of(int(vocab), int(samples), head, loss)))
         return
 
     cases = [(v, s, head) for v in args.vocab for s in args.samples for head in ("trained", "frozen")]
@@ -146,16 +146,6 @@ def step_of(vocab_size: int, num_samples: int, head: str, loss: str) -> Callable
         LOSSES[loss](hidden, weight, targets, num_samples).backward()
 
     return step
-
-
-def memory_of(vocab_size: int, num_samples: int, head: str, loss: str) -> int:
-    """Bytes at the peak of a step above what its inputs hold."""
-    step = step_of(vocab_size, num_samples, head, loss)
-    if DEVICE == "cuda":
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak_memory(step) - held
-    return peak_memory(step)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -60,11 +60,14 @@ def memory_in_own_process(script: str, *case: object) -> int:
 
 
 def peak_memory(work: Callable[[], object]) -> int:
-    """Bytes at the peak of `work`, which also builds what it needs, above what the process held before."""
+    """Bytes at the peak of `work` above what the process held before."""
+    if torch.cuda.is_available():
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - held
     before = resident_bytes("VmRSS")
     work()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
     return resident_bytes("VmHWM") - before
 
 

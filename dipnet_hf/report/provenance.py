@@ -36,7 +36,8 @@ def provenance(script: str, config: dict, seed: int | None = None) -> dict:
 
 def _git_state(folder: Path) -> dict | None:
     commit = _git(folder, "rev-parse", "HEAD")
-    status = _git(folder, "status", "--porcelain")
+    # Result files of other runs change nothing that this one did.
+    status = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude)*/results/*")
     if commit is None or status is None:
         return None
     return {"commit": commit, "dirty": bool(status)}
