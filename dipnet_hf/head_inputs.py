@@ -18,7 +18,7 @@ _NUM_COMPARED = 8  # more than one: a padding token's embedding may be zero
 
 
 class HeadInputs:
-    """Gives the hidden states of a forward pass to whoever computes the loss from them. The head sees one token then.
+    """Gives the hidden states of a forward pass to whoever computes the loss from them. The head sees no token then.
 
     Args:
         model (`nn.Module`): the network.
@@ -45,7 +45,7 @@ class HeadInputs:
             if torch.compiler.is_compiling() or self._taken is not None or args[0].shape[:-1] != rows_and_length:
                 return None
             self._taken = args[0].to(module.weight.device), self._output_head(module)
-            return (args[0][:1, :1], *args[1:])
+            return (args[0][:, :0], *args[1:])
 
         hook = head.register_forward_pre_hook(take)
         try:

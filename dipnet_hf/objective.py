@@ -142,7 +142,7 @@ def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tenso
 class DataTerms(NamedTuple):
     """Eqs. (2) and (4), the latter weighted, summed over `num_tokens` supervised tokens, and the model's outputs.
 
-    `total` is the sum of the two and has the gradients; the two are detached. The outputs hold the logits of a single
+    `total` is the sum of the two and has the gradients; the two are detached. The outputs hold logits of no
     token where the terms did without them.
     """
 
