@@ -19,7 +19,8 @@ IGNORE_INDEX = -100
 
 class DipLoss(NamedTuple):
     """Scalar tensors, each already weighted. `loss` is the sum of the others, plus the load-balancing loss of a
-    mixture of experts where the model returns one. It has the gradients; the others are detached.
+    mixture of experts where the model returns one. It has all gradients; with a stability term `nll` and `stability`
+    have none of their own.
     """
 
     loss: torch.Tensor
@@ -218,7 +219,7 @@ def dip_loss(
             this batch's share of it, so that the micro-batches add up to the one large batch.
 
     Returns:
-        `DipLoss`: `(loss, nll, prior, stability)`, scalars. Differentiate `loss`, once: its terms are detached.
+        `DipLoss`: `(loss, nll, prior, stability)`, scalars. Differentiate once.
 
     Raises:
         ValueError: the batch has no `labels`.
@@ -234,4 +235,5 @@ def dip_loss(
     loss = terms.total / num_items + prior
     if getattr(terms.outputs, "aux_loss", None) is not None:
         loss = loss + share * tuner.config.router_aux_loss_coef * terms.outputs.aux_loss
-    return DipLoss(loss, terms.nll / num_items, prior.detach(), terms.stability / num_items)
+    nll = terms.nll if tuner.active_dip_config.stability_loss_weight else terms.total
+    return DipLoss(loss, nll / num_items, prior, terms.stability / num_items)

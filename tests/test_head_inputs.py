@@ -10,6 +10,7 @@ from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from dipnet_hf.head_inputs import HeadInputs
 from dipnet_hf.rows import RowRepeater
 from tests.test_recompute import checkpointed
+from tests.test_trainer import make_rows, make_trainer
 from tests.tiny_models import CAUSAL, NUM_LAYERS, build, make_batch
 
 # What changes logits after the head: a tanh, a factor, a divisor.
@@ -148,3 +149,14 @@ def test_the_comparison_leaves_the_random_state_alone():
     first = dip_loss(model, batch).loss
     torch.manual_seed(3)
     assert torch.equal(dip_loss(model, batch).loss, first)
+
+
+def test_the_trainer_keeps_a_loss_function_that_was_set(tmp_path):
+    model = make("llama", init_noise_std=0.0, alpha=0.0, beta=0.0)
+    base = model.get_base_model()
+    plain = base.loss_function
+    base.loss_function = lambda **kwargs: 3 * plain(**kwargs)
+    trainer = make_trainer(model, make_rows(), tmp_path, max_steps=1)
+    trainer.train()
+    tripled = trainer.state.log_history[0]["nll"]
+    assert 3 * 3.5 < tripled < 3 * 5  # ln 64 = 4.16
