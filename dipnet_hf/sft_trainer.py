@@ -12,8 +12,9 @@ from .trainer import DipTrainerMixin
 class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with the DIP objective, completion-only, packed and padding-free data included.
 
-    The data loss and `stability_target="log_prob"` come from TRL's fused head, which never builds the logits. With
-    `stability_target="logits"` they are needed, and TRL's own training metrics (entropy, accuracy) are left out.
+    The data loss and `stability_target="log_prob"` come from TRL's fused head, which never builds the logits. Neither
+    does `stability_target="logits"`, nor `shared_prompt_noise`, but TRL's own training metrics (entropy, accuracy) are
+    left out there.
     """
 
     def __init__(self, model, *args, **kwargs):

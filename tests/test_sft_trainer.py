@@ -73,6 +73,7 @@ def train(tokenizer, rows, tmp_path, trainer_class=DipSFTTrainer, config=None, *
         {"num_samples": 2, "stability_loss_weight": 0.3},
         {"num_samples": 2, "stability_loss_weight": 0.3, "stability_target": "logits"},
         {"num_samples": 4, "antithetic": False},
+        {"num_samples": 2, "layers_to_transform": [1, 2]},
     ],
     ids=str,
 )
