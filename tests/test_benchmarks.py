@@ -145,6 +145,24 @@ def test_gradients_are_summed_up_as_vectors():
     assert gradient_variance.total_variance(iter(vectors)) == pytest.approx(2 + 8)
 
 
+def test_instructions_are_counted_in_machine_code_and_in_its_loops():
+    pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
+    from benchmarks import instructions
+
+    code = """
+        /*0000*/  MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/  FADD R2, R2, R3 ;
+        /*0020*/  NOP ;
+        /*0030*/  @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0040*/  EXIT ;
+    """.splitlines()
+    assert sum(map(instructions.is_instruction, code)) == 4
+    (loop,) = instructions.loops(code)
+    assert [line.split()[-3] for line in loop] == ["R2,", "BRA"]
+
+
 @pytest.mark.parametrize(
     "module, case",
     [

@@ -1,6 +1,11 @@
 """The Triton kernels, in Triton's interpreter (see `conftest.py`) or compiled on a GPU: noise, forward, gradient."""
 
 import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +15,10 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 from dipnet_hf import noise
 from dipnet_hf.kernels import projection as kernels
 
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = 0x1234_5678_9ABC_DEF0
-SHAPES = [(1, 1, 1), (3, 7, 5), (2, 64, 33), (4, 1023), (6, 3, 130)]
+SHAPES = [(1, 1, 1), (3, 7, 5), (2, 64, 33), (4, 1023), (6, 3, 130), (2, 1100)]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -114,8 +120,9 @@ def test_the_noise_does_not_depend_on_dtype_or_layout():
     eps = kernels.project(x, std, KEY, False)
     # The interpreter rounds to bfloat16 toward zero.
     torch.testing.assert_close(kernels.project(x.bfloat16(), std, KEY, False).float(), eps, atol=0, rtol=2**-7)
-    assert torch.equal(kernels.project(torch.zeros(5, 6, 8, device=DEVICE).transpose(0, 2), std, KEY, False), eps)
-    assert torch.equal(kernels.project(x[:1, :1].expand(8, 6, 5), std, KEY, False), eps)
+    for other in (torch.zeros(5, 6, 8, device=DEVICE).transpose(0, 2), x[:1, :1].expand(8, 6, 5)):
+        u = kernels.project(other, std, KEY, False)
+        assert torch.equal(u, eps) and u.stride() == torch.empty_like(other).stride()
 
 
 def test_the_gradient_of_an_expanded_tensor():
@@ -134,6 +141,24 @@ def test_a_tensor_without_elements():
     x = torch.zeros(0, 4, device=DEVICE)
     assert kernels.project(x, torch.ones(4, device=DEVICE), KEY, False).shape == (0, 4)
     assert torch.equal(kernels.noise_gradient(x, KEY, False), torch.zeros(4, device=DEVICE))
+
+
+@pytest.mark.skipif(not find_spec("triton.backends.nvidia"), reason="this Triton compiles for no NVIDIA GPU")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_they_compile_for_gpus_and_use_registers_alone(capability):
+    """In a process of its own: here Triton interprets."""
+    program = (
+        "from benchmarks.instructions import compile_kernel\n"
+        "for direction in ('forward', 'backward'):\n"
+        "    for antithetic in (False, True):\n"
+        f"        print(compile_kernel(direction, {capability}, antithetic, approximate=True).asm['ptx'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count(f".target sm_{capability}") == 4
+    assert done.stdout.count("sin.approx") == done.stdout.count("lg2.approx") > 0
+    assert ".local" not in done.stdout
 
 
 @pytest.mark.gpu

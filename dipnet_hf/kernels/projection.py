@@ -3,8 +3,8 @@
 The noise is Philox's (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a pure function of the
 key and an element's row and column, made normal by Box and Muller's method. One call gives four normals, for four
 neighbours in a row. On NVIDIA's GPUs logarithm, sine and cosine are the hardware's approximations (to 1e-3 of a
-standard deviation at worst): the exact ones would take three times the instructions, more than fit in the time that
-the memory needs for its bytes.
+standard deviation at worst): the exact ones would take four times the instructions, which is longer than the
+memory takes for the bytes (`benchmarks/instructions.py`).
 
 Shape legend: R rows (all dimensions but the last), D hidden size. P row pairs: R, or R / 2 with antithetic noise,
 where rows r and r + P share one draw. A row's columns are read as G groups of 4 neighbours.
@@ -90,9 +90,9 @@ def _noise_gradient_kernel(
 
 
 def _blocks(num_groups: int) -> tuple[int, int]:
-    """Row pairs and groups of columns in a block: up to 2,048 elements."""
-    block_g = min(triton.next_power_of_2(num_groups), 128)
-    return max(1, 512 // block_g), block_g
+    """Row pairs and groups of columns in a block: up to 4,096 elements, see `benchmarks/instructions.py`."""
+    block_g = min(triton.next_power_of_2(num_groups), 256)
+    return 1024 // block_g, block_g
 
 
 def project(x: torch.Tensor, std: torch.Tensor, key: int, antithetic: bool) -> torch.Tensor:
@@ -104,18 +104,18 @@ def project(x: torch.Tensor, std: torch.Tensor, key: int, antithetic: bool) -> t
         key (`int`): all 64 bits count.
         antithetic (`bool`): the second half of the first dimension gets the negative noise of the first half.
     """
-    x = x.contiguous()
-    u = torch.empty_like(x)
+    rows = x.contiguous()
+    u = torch.empty_like(rows)
     num_pairs, hidden_size, num_groups = _sizes(x, antithetic)
     block_p, block_g = _blocks(num_groups)
     grid = (triton.cdiv(num_pairs, block_p), triton.cdiv(num_groups, block_g))
     if x.numel():
         _project_kernel[grid](
-            x, std.contiguous(), u, key, num_pairs, hidden_size,
+            rows, std.contiguous(), u, key, num_pairs, hidden_size,
             ANTITHETIC=antithetic, PER_CHANNEL=std.numel() > 1, NUM_ROUNDS=_NUM_ROUNDS, APPROXIMATE=_APPROXIMATE,
             BLOCK_P=block_p, BLOCK_G=block_g,
         )  # fmt: skip
-    return u
+    return u if rows is x else torch.empty_like(x).copy_(u)  # with the strides that a compiler is told of
 
 
 def noise_gradient(grad_u: torch.Tensor, key: int, antithetic: bool) -> torch.Tensor:
