@@ -67,6 +67,8 @@ class FinetuneConfig:
         max_train_samples (`int`, *optional*): train on the first so many sequences that fit.
         max_eval_samples (`int`, *optional*): hold out the first so many test problems.
         evaluation (`EvaluationConfig`): what the trained model is scored on.
+        attn_implementation (`str`, *optional*): as in transformers' `from_pretrained`; null is the model's default.
+            With a flash attention, training batches have no padding; with others that would cost more.
         trust_remote_code (`bool`): let the model's repository run its own code.
     """
 
@@ -80,6 +82,7 @@ class FinetuneConfig:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self):

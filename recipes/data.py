@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.data_files import EmptyDatasetError
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from eval.json_rows import read_rows
 
@@ -111,6 +111,11 @@ def heldout_set(tokens: Dataset, max_length: int) -> tuple[Dataset, int]:
 def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Pad a batch to its longest sequence, labels with -100."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
+
+
+def make_padding_free_collator() -> DataCollatorWithFlattening:
+    """Put a batch's sequences one after the other into one row, and tell flash attention where each of them ends."""
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
 
 def _choose_config(dataset: str, wanted: str | None) -> str:

@@ -130,7 +130,10 @@ def load_teacher(folder: str, run: FinetuneConfig) -> PeftModel:
 def load_base(run: FinetuneConfig) -> PreTrainedModel:
     """Load the model that the run started from."""
     return AutoModelForCausalLM.from_pretrained(
-        run.model, dtype=model_dtype(run), trust_remote_code=run.trust_remote_code
+        run.model,
+        dtype=model_dtype(run),
+        attn_implementation=run.attn_implementation,
+        trust_remote_code=run.trust_remote_code,
     )
 
 

@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.generic import is_flash_attention_requested
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -29,7 +30,15 @@ from dipnet_hf import DipTrainer, get_dip_model
 from dipnet_hf.report import format_summary, provenance
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
-from recipes.data import heldout_set, load_problems, make_collator, read_problems, tokenize, training_set
+from recipes.data import (
+    heldout_set,
+    load_problems,
+    make_collator,
+    make_padding_free_collator,
+    read_problems,
+    tokenize,
+    training_set,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,15 +56,19 @@ def main(arguments: list[str] | None = None) -> None:
 
     set_seed(training_args.seed)
     model = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=model_dtype(config), trust_remote_code=config.trust_remote_code
+        config.model,
+        dtype=model_dtype(config),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
+    padding_free = is_flash_attention_requested(model.config)
     model = wrap_model(model, config)
 
     trainer_class = Trainer if config.dip is None else DipTrainer
     trainer = trainer_class(
         model,
         training_args,
-        data_collator=make_collator(tokenizer),
+        data_collator=make_padding_free_collator() if padding_free else make_collator(tokenizer),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=tokenizer,
@@ -70,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         write_inputs(output_dir, config, problems)
     train(trainer, get_last_checkpoint(output_dir))
+    trainer.data_collator = make_collator(tokenizer)  # an ensemble takes padded rows
     evaluated = evaluate(trainer, eval_set)
     trainer.save_model(output_dir)
     scores = score_model(trainer, tokenizer, config, evaluated, task_sets)

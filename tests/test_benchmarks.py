@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11")
-from benchmarks import ensemble, gradient_variance, loss, measure, projection, scaling, step
+from benchmarks import ensemble, gradient_variance, loss, measure, padding, projection, scaling, step
 from tests.tiny_models import build, make_batch
 
 # trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
@@ -138,6 +138,16 @@ def test_the_variance_of_independent_samples_falls_as_one_over_s(results, monkey
         assert ratios[num_samples, "pairs"] < 1.2 * ratios[num_samples, "independent"]
         assert flops[num_samples, "independent"] == flops[num_samples, "pairs"] == pytest.approx(num_samples, rel=0.05)
         assert flops[num_samples, "shared prompt"] < num_samples
+
+
+def test_padding_compares_batches_of_the_same_problems(results, shared, monkeypatch):
+    monkeypatch.setattr(padding, "NUM_BATCHES", 2)
+    monkeypatch.setattr(padding, "BATCH_SIZE", 2)
+    folder = {"model": shared / "models" / "stories260K", "dataset": shared / "data" / "gsm8k"}
+    padding.main(["--rounds", "2", "--set", *(f"{name}={path}" for name, path in folder.items())])
+    rows = {row["batches"]: row for row in read(results, "padding")}
+    assert rows["padded"]["time_over_padded"] == 1
+    assert rows["padding-free"]["num_tokens"] <= rows["sorted"]["num_tokens"] <= rows["padded"]["num_tokens"]
 
 
 def test_gradients_are_summed_up_as_vectors():

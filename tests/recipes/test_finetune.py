@@ -23,13 +23,14 @@ LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
 def run(model_folder, problems_folder, tmp_path):
     """Return a function that runs the recipe on the tiny model and returns its output folder."""
 
-    def run_recipe(*arguments, name="run", dip=None, weights=LORA, **training):
+    def run_recipe(*arguments, name="run", dip=None, weights=LORA, attn_implementation=None, **training):
         config = {
             "model": str(model_folder),
             "dataset": str(problems_folder),
             "max_length": 64,
             "weights": weights,
             "dip": dip,
+            "attn_implementation": attn_implementation,
             "training": {
                 "output_dir": str(tmp_path / name),
                 "max_steps": 4,
@@ -177,6 +178,26 @@ def test_a_broken_line_stops_the_run_before_training(run, problems_folder, tmp_p
         file.write('{"question": "1 + 1?"\n')
     with pytest.raises(ValueError, match="train.jsonl, line 13 is not valid JSON"):
         run()
+
+
+@pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.0, "num_samples": 2}], ids=["plain", "dip"])
+def test_with_flash_attention_batches_have_no_padding_and_the_same_loss(run, monkeypatch, dip):
+    """Noise off. The other attention that runs here finds the sequences by their positions."""
+    padded = run(name="padded", dip=dip, attn_implementation="eager")
+    monkeypatch.setattr(finetune, "is_flash_attention_requested", lambda config: True)
+    shapes = []
+    training_step = Trainer.training_step
+
+    def record(self, model, inputs, *arguments, **options):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return training_step(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", record)
+    evaluation = "evaluation={tasks: [gsm8k_local], num_samples: 2, max_new_tokens: 2}" if dip else "dip=null"
+    flattened = run("--set", evaluation, name="flattened", dip=dip, attn_implementation="eager")
+    assert len(shapes) == 4 and {rows for rows, _ in shapes} == {1}
+    assert losses(flattened) == pytest.approx(losses(padded), rel=1e-3)
+    assert read(flattened)["metrics"]["eval_nll"] == pytest.approx(read(padded)["metrics"]["eval_nll"], rel=1e-3)
 
 
 def test_scores_the_heldout_problems_of_the_run(run):
