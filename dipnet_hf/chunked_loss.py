@@ -78,6 +78,7 @@ def chunked_loss(
         num_samples,
         stability_weight,
         stability_target,
+        torch.is_grad_enabled(),
     )
     return ChunkedLoss(total, *terms)
 
@@ -85,13 +86,13 @@ def chunked_loss(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_RD, weight_VD, bias_V, targets_R, head, num_samples, stability_weight, stability_target
+        ctx, hidden_RD, weight_VD, bias_V, targets_R, head, num_samples, stability_weight, stability_target, has_graph
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_SND = hidden_RD.unflatten(0, (num_samples, -1))
         targets_SN = targets_R.unflatten(0, (num_samples, -1))
         dtype = torch.promote_types(head.dtype, torch.float32)
         grads = [
-            None if tensor is None or not needed else torch.zeros_like(tensor, dtype=tensor_dtype)
+            None if tensor is None or not (needed and has_graph) else torch.zeros_like(tensor, dtype=tensor_dtype)
             for tensor, needed, tensor_dtype in zip(
                 (hidden_SND, weight_VD, bias_V), ctx.needs_input_grad, (hidden_RD.dtype, dtype, dtype), strict=False
             )
@@ -128,7 +129,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_total).to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _max_chunk_logits(device: torch.device) -> int:
@@ -173,8 +174,8 @@ def _logits_gradient(
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add `a @ b` to `total`, which is of at least float32."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
+    """Add `a @ b` to `total`, which is of at least float32. A sum over tokens may be too large for float16."""
+    if a.dtype in (total.dtype, torch.float16):
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         total += a @ b

@@ -204,6 +204,7 @@ class Ensemble:
     def skip_forward(self) -> None:
         """Note that the forward pass that begins now draws no noise, so it needs no samples."""
         self._num_rows = None
+        self._rows.end_forward()
 
     def _positions(self, inputs: dict[str, Any], main: torch.Tensor) -> torch.Tensor:
         """Every token's position in its own sequence, of shape `(B, L)` or `(1, L)`: padding does not count."""

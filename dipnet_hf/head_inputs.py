@@ -3,9 +3,10 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -17,6 +18,14 @@ _FACTOR_POWERS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier"
 _NUM_COMPARED = 8  # more than one: a padding token's embedding may be zero
 
 
+class Comparison(NamedTuple):
+    """What one forward pass of a few tokens told of a model, as long as its head computes what it did then."""
+
+    head_forward: Any
+    logits_are_plain: bool = False  # `OutputHead` gives the model's logits
+    loss_is_plain: bool = False  # the model's own loss is the shifted cross entropy, averaged over the tokens
+
+
 class HeadInputs:
     """Gives the hidden states of a forward pass to whoever computes the loss from them. The head sees no token then.
 
@@ -26,7 +35,7 @@ class HeadInputs:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        self._known: bool | None = None  # whether `OutputHead` gives the model's logits; None until compared
+        self._compared: Comparison | None = None
         self._taken: tuple[torch.Tensor, OutputHead] | None = None
 
     @contextmanager
@@ -34,10 +43,10 @@ class HeadInputs:
         """In this context's forward pass, take the hidden states of shape `(*rows_and_length, D)` in place of logits.
 
         Nothing is taken, and the logits are complete, where the head is not a plain linear layer (an adapter is on it,
-        it is quantized or sharded), in a compiled model, and where `compare_once` found other logits.
+        it is quantized or sharded), in a compiled model, and where `compare` found other logits.
         """
         head = self._plain_head()
-        if head is None or not self._known:
+        if head is None or not self.compare().logits_are_plain:
             yield
             return
 
@@ -61,10 +70,9 @@ class HeadInputs:
 
     def _plain_head(self) -> nn.Linear | None:
         head = self._model.get_output_embeddings() if isinstance(self._model, PreTrainedModel) else None
-        if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks:
+        if type(head) is not nn.Linear or head._forward_hooks or not _is_whole(head.weight):
             return None
-        is_whole = head.weight.shape == (head.out_features, head.in_features)
-        return head if is_whole and not isinstance(head.weight, DTensor) else None
+        return head if head.weight.shape == (head.out_features, head.in_features) else None
 
     def _output_head(self, head: nn.Linear) -> OutputHead:
         config = self._model.config.get_text_config()
@@ -80,28 +88,57 @@ class HeadInputs:
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def compare_once(self) -> None:
-        """Find out, in a forward pass of a few tokens, whether `OutputHead` gives the model's logits; warn if not."""
+    def compare(self) -> Comparison:
+        """Find out, in a forward pass of a few tokens, what `Comparison` tells; once, and again after a change.
+
+        A warning says so if the head is a plain one and its logits are not. A sharded model is not asked.
+        """
         head = self._plain_head()
-        if head is None or self._known is not None:
-            return
+        head_forward = None if head is None else head.forward
+        if self._compared is None or self._compared.head_forward != head_forward:
+            embeddings: Any = getattr(self._model.get_input_embeddings(), "weight", None)
+            can_run = isinstance(embeddings, torch.Tensor) and embeddings.dim() == 2 and _is_whole(embeddings)
+            self._compared = self._compare(head, embeddings) if can_run else Comparison(head_forward)
+            if can_run and head is not None and not self._compared.logits_are_plain:
+                warnings.warn(
+                    f"The logits of {type(self._model).__name__} are not the plain output of its head, so the loss "
+                    "is computed from all of them at once, which takes more memory.",
+                    stacklevel=2,
+                )
+        return self._compared
+
+    def _compare(self, head: nn.Linear | None, embeddings: torch.Tensor) -> Comparison:
         inputs: list[torch.Tensor] = []
-        hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        embeddings = self._model.get_input_embeddings().weight
-        input_ids = torch.arange(min(len(embeddings), _NUM_COMPARED), device=embeddings.device)[None]
-        devices = [embeddings.device] if embeddings.is_cuda else []
+        hook = None if head is None else head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        ids = torch.arange(min(len(embeddings), _NUM_COMPARED), device=embeddings.device)
+        labels = ids.square() % len(ids)  # neither the next token nor the same one
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[embeddings.device] if embeddings.is_cuda else []),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")  # a reentrant checkpoint asks for gradients
-                logits = self._model(input_ids=input_ids).logits
-                ours = [self._output_head(head).logits(hidden.to(head.weight.device)) for hidden in inputs]
+                outputs = self._model(input_ids=ids[None], labels=labels[None])
+                heads = [self._output_head(head) for _ in inputs] if head is not None else []
+                ours = [h.logits(x.to(h.weight_VD.device)) for h, x in zip(heads, inputs, strict=True)]
         finally:
-            hook.remove()
-        tolerance = 1e-4 if head.weight.dtype == torch.float32 and logits.dtype == torch.float32 else 2e-2
-        self._known = len(ours) == 1 and bool((ours[0].to(logits) - logits).norm() <= tolerance * logits.norm())
-        if not self._known:
-            warnings.warn(
-                f"The logits of {type(self._model).__name__} are not the plain output of its head, so the loss is "
-                "computed from all of them at once, which takes more memory.",
-                stacklevel=2,
-            )
+            if hook is not None:
+                hook.remove()
+        logits = outputs.logits
+        plain_loss = F.cross_entropy(logits[0, :-1].float(), labels[1:].to(logits.device))
+        is_precise = logits.dtype == torch.float32
+        return Comparison(
+            None if head is None else head.forward,
+            len(ours) == 1 and _are_close(ours[0].to(logits.device), logits.float(), 1e-4 if is_precise else 1e-2),
+            outputs.loss is not None and _are_close(outputs.loss.to(plain_loss), plain_loss, 1e-3),
+        )
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    return not weight.is_meta and weight.numel() > 0 and not isinstance(weight, DTensor)
+
+
+def _are_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    """Whether all entries agree; infinite ones, of a mask, agree with nothing."""
+    return bool(torch.isfinite(b).all()) and torch.allclose(a, b, rtol=tolerance, atol=1e-5)

@@ -204,8 +204,10 @@ class DipModel(BaseTuner):
             draws = self._new_draws(len(projections))
             if self._ensemble is not None:
                 self._ensemble.skip_forward()
-            if self._rows is not None and projections and not args and self._rows.can_enter_in_training(kwargs):
-                changed = (), self._rows.first_copy(kwargs)
+            if self._rows is not None:
+                self._rows.end_forward()
+                if projections and not args and self._rows.can_enter_in_training(kwargs):
+                    changed = (), self._rows.first_copy(kwargs)
         for projection, draw in zip(projections, draws, strict=True):
             projection.begin_forward(draw)
         if torch.compiler.is_compiling():
@@ -348,9 +350,17 @@ class DipModel(BaseTuner):
             shape (`torch.Size`): that of the labels: all rows, and the sequence length.
         """
         with self.deterministic():
-            self._head_inputs.compare_once()
+            self._head_inputs.compare()
         with self._head_inputs.taken(shape):
             yield self._head_inputs
+
+    @property
+    def has_plain_loss(self) -> bool:
+        """Whether the network's own loss is the negative log-likelihood of the next token and nothing else."""
+        if not self.shifts_labels:
+            return False
+        with self.deterministic():
+            return self._head_inputs.compare().loss_is_plain
 
     def share_prompts(self, batch: dict[str, Any], num_samples: int) -> tuple[dict[str, Any], torch.Tensor]:
         """A batch whose rows hold `num_samples` answers after one prompt, see `shared_prompt.lengthen`."""

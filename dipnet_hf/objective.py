@@ -195,8 +195,10 @@ def data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> DataTerms:
     if taken is not None:
         hidden_RLD, head = taken
         hidden_RD, targets = select(hidden_RLD)
-        terms = chunked_loss(hidden_RD, targets, head, samples, weight, target)
-        return DataTerms(*terms, targets.numel() // samples, outputs)
+        total, nll, stability = chunked_loss(hidden_RD, targets, head, samples, weight, target)
+        # The logits of no token tie the loss to the outputs, from whose gradient DDP starts with a static graph.
+        total = total + outputs.logits.sum().to(total)
+        return DataTerms(total, nll, stability, targets.numel() // samples, outputs)
     logits, targets = select(outputs.logits)
     log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
     nll = -log_probs.sum() / samples

@@ -29,6 +29,8 @@ _LAYER_PARAMETERS = {
     "output_router_logits",
     "kwargs",
 }
+# Models that give their layers' output the shape of their inputs' rows.
+_FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
 _ROW_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _LABELS = ("labels", "shift_labels")
 
@@ -45,7 +47,7 @@ class RowRepeater:
     def __init__(self, model: nn.Module, layers: list[nn.Module], num_samples: int) -> None:
         self._model = model
         can_enter = all(set(inspect.signature(layer.forward).parameters) <= _LAYER_PARAMETERS for layer in layers)
-        self._layers = layers if can_enter else []
+        self._layers = layers if can_enter and self._config("model_type") not in _FIXED_OUTPUT_SHAPE else []
         self._num_samples = num_samples
         self._num_rows: int | None = None  # B while a forward pass runs that repeats its rows at the layers
         self._repeated: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

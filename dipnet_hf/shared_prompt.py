@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100
 _INPUTS = {"input_ids", "attention_mask", "labels"}
@@ -21,9 +22,10 @@ def check_shares_prompts(model: Any) -> None:
     """Check that a model takes a mask of its own and positions that repeat.
 
     Raises:
-        ValueError: attention is of another kind (flash, flex, ALiBi), or the model has recurrent layers.
+        ValueError: attention is of another kind (flash, flex, ALiBi), or the model has recurrent layers, or it adds
+            the load-balancing loss of a mixture of experts, whose tokens the mask does not count.
     """
-    config = getattr(model, "config", None)
+    config = _text_config(model)
     attention = getattr(config, "_attn_implementation", None)
     layer_types = set(getattr(config, "layer_types", None) or ())
     known = attention in ("eager", "sdpa") and layer_types <= _LAYER_TYPES and not getattr(config, "alibi", False)
@@ -33,6 +35,15 @@ def check_shares_prompts(model: Any) -> None:
             f"{type(model).__name__} has attention {attention!r} and layers {sorted(layer_types) or 'of one kind'}. "
             "Set shared_prompt_noise=False."
         )
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "shared_prompt_noise does not know the load-balancing loss: set the model's output_router_logits=False."
+        )
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 def lengthen(model: nn.Module, inputs: dict[str, Any], num_samples: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -55,7 +66,7 @@ def lengthen(model: nn.Module, inputs: dict[str, Any], num_samples: int) -> tupl
             f"shared_prompt_noise takes {sorted(_INPUTS)}, got {others[0]} too. Set shared_prompt_noise=False."
         )
     ids_BL, labels_BL = inputs["input_ids"], inputs["labels"]
-    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    window = getattr(_text_config(model), "sliding_window", None)
     if window is not None and ids_BL.shape[1] > window:
         raise ValueError(
             f"shared_prompt_noise takes rows within the sliding window of {window}, got {ids_BL.shape[1]}."
@@ -72,6 +83,7 @@ def lengthen(model: nn.Module, inputs: dict[str, Any], num_samples: int) -> tupl
     copied_BC = starts_B[:, None] + torch.arange(copy_length, device=device)
     inside_BC = copied_BC <= ends_B[:, None]
     copied_BC = copied_BC.clamp(max=length - 1)
+    inside_BC &= real_BL.gather(1, copied_BC)
 
     source_BW = torch.cat([places_L.expand_as(ids_BL), copied_BC.repeat(1, num_samples - 1)], 1)
     real_BW = torch.cat([real_BL, inside_BC.repeat(1, num_samples - 1)], 1)

@@ -117,14 +117,12 @@ class DipTrainerMixin(_Base):
 
     def _data_loss_is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether transformers' `Trainer` takes eq. (2) alone, of labels that it shifts."""
-        base = self._tuner().model
         custom = self.label_smoother is not None or self.compute_loss_func is not None
-        custom = custom or hasattr(base, "_loss_function")  # set by `model.loss_function = ...`
-        config = getattr(base, "config", None)
+        config = getattr(self._tuner().model, "config", None)
         text_config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
         adds_losses = getattr(text_config, "output_router_logits", False)  # those of a mixture of experts
         plain_inputs = "labels" in inputs and "shift_labels" not in inputs
-        return plain_inputs and not custom and not adds_losses and self._tuner().shifts_labels
+        return plain_inputs and not custom and not adds_losses and self._tuner().has_plain_loss
 
     def _terms_without_logits(
         self, model, inputs: dict[str, Any], num_items_in_batch

@@ -87,6 +87,28 @@ def test_a_frozen_head_gets_no_gradient_and_a_batch_without_targets_costs_nothin
     assert result.total == 0 and empty.grad.shape == (0, 4)
 
 
+def test_without_gradients_none_are_computed(monkeypatch):
+    hidden, weight, _, targets = make(1, 3, 4, 5, torch.float32, bias=False)
+    products = []
+    monkeypatch.setattr(module, "_add_product", lambda *args: products.append(args))
+    with torch.no_grad():
+        total = chunked_loss(hidden, targets, OutputHead(weight.requires_grad_(), None, torch.float32), 1).total
+    assert not products and not total.requires_grad
+
+
+def test_sums_over_many_float16_tokens_stay_finite():
+    """One channel is large and one target frequent, as special tokens make them: float16 ends at 65,504."""
+    hidden, weight, _, _ = make(1, 4000, 8, 16, torch.float16, bias=False)
+    hidden[:, 0] = 40
+    targets = torch.zeros(4000, dtype=torch.int64)
+    weight.requires_grad_()
+    loss = chunked_loss(hidden, targets, OutputHead(weight, None, torch.float16), 1).total / 4000
+    loss.backward()
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.T, targets).backward()
+    assert (weight.grad.double() - exact.grad).norm() < 1e-2 * exact.grad.norm()
+
+
 def test_it_is_differentiated_once():
     hidden, weight, _, targets = make(1, 3, 4, 5, torch.float32, bias=False)
     total = chunked_loss(hidden.requires_grad_(), targets, OutputHead(weight, None, torch.float32), 1).total

@@ -6,17 +6,23 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
-from dipnet_hf import DipConfig, DipTrainer, get_dip_model
+from dipnet_hf import DipConfig, DipTrainer, dip_loss, get_dip_model
 from tests.test_trainer import collate, make_rows, make_trainer
 from tests.tiny_models import build
 
 
+def make_model(noise, **config):
+    """A model that is calibrated by its trainer, or, with `noise_scale="absolute"`, not at all."""
+    config = {"num_samples": 2, "stability_loss_weight": 0.5, "weights": "full"} | config
+    config |= {"init_noise_std": 0.3} if noise else {"init_noise_std": 0.0, "alpha": 0.0, "beta": 0.0}
+    return get_dip_model(build("llama"), DipConfig(**config))
+
+
 def train(folder, batch_size, noise, result):
     """Train two steps; save the weights, the logs, the scales and one noisy forward of each process."""
-    config = {"num_samples": 2, "stability_loss_weight": 0.5, "weights": "full"}
-    config |= {"init_noise_std": 0.3} if noise else {"init_noise_std": 0.0, "alpha": 0.0, "beta": 0.0}
-    model = get_dip_model(build("llama"), DipConfig(**config))
+    model = make_model(noise)
     trainer = make_trainer(model, make_rows(), folder, DipTrainer, per_device_train_batch_size=batch_size, optim="sgd")
     trainer.train()
     torch.manual_seed(0)
@@ -36,6 +42,20 @@ def run_rank(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     for noise in (False, True):
         train(folder, 4, noise, f"{folder}/{noise}-two-{rank}.pt")
+    for static_graph in (False, True):
+        result = gradients_of(
+            DistributedDataParallel(make_model(True, noise_scale="absolute").train(), static_graph=static_graph), rank
+        )
+        torch.save(result, f"{folder}/gradients-{static_graph}-{rank}.pt")
+
+
+def gradients_of(model, rank):
+    """The gradients of the second step, whose reduction a static graph has learnt from the first."""
+    rows = list(make_rows())
+    for _ in range(2):
+        model.zero_grad()
+        dip_loss(model, collate(rows[4 * rank : 4 * rank + 4])).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +100,11 @@ def test_two_processes_equal_one_on_the_joined_batch_without_noise(results):
 def test_ranks_draw_different_noise_from_the_same_seed(results):
     noise, first, second, _ = results
     assert torch.equal(first["noisy"], second["noisy"]) != noise
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_gradients_are_averaged_though_the_loss_is_computed_from_hidden_states(runs, static_graph):
+    first, second = (torch.load(f"{runs}/gradients-{static_graph}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), name
+    assert any("lm_head" in name for name in first) and any("dip_logvar" in name for name in first)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM
 
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from dipnet_hf.head_inputs import HeadInputs
@@ -44,8 +45,14 @@ def loss_and_gradients(model, batch):
     return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_to_the_plain_path(model, batch, monkeypatch):
+def assert_equal_to_the_plain_path(model, batch, monkeypatch, rows_enter=False):
+    """Both are compared, and the fast one was not left for the plain one."""
+    taken, entered = [], []
+    pop, first_copy = HeadInputs.pop, RowRepeater.first_copy
+    monkeypatch.setattr(HeadInputs, "pop", lambda self: (taken.append(pop(self)), taken[-1])[1])
+    monkeypatch.setattr(RowRepeater, "first_copy", lambda *args: (entered.append(True), first_copy(*args))[1])
     fast, fast_gradients = loss_and_gradients(model, batch)
+    assert taken[0] is not None and bool(entered) == rows_enter
     monkeypatch.setattr(HeadInputs, "_plain_head", lambda self: None)
     monkeypatch.setattr(RowRepeater, "can_enter_in_training", lambda self, inputs: False)
     plain, plain_gradients = loss_and_gradients(model, batch)
@@ -67,7 +74,8 @@ def test_architectures(name, target, monkeypatch):
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_architectures_with_the_upper_layers_projected(name, antithetic, monkeypatch):
     model = make(name, num_samples=4, antithetic=antithetic, layers_to_transform=list(range(1, NUM_LAYERS)))
-    assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch)
+    # Falcon's layers are given position biases.
+    assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch, rows_enter=name != "falcon")
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -83,13 +91,14 @@ def test_checkpointed_layers_with_the_upper_ones_projected(use_reentrant, monkey
 
 def test_lower_layers_run_on_one_copy_and_the_head_on_no_token():
     model = make("llama", num_samples=4, layers_to_transform=[2])
-    dip_loss(model, make_batch("llama"))  # compares the logits of some tokens
     seen = []
     base = model.get_base_model()
     for layer in base.model.layers:
         layer.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape[:2])))
     forward = base.lm_head.forward
     base.lm_head.forward = lambda x: (seen.append(tuple(x.shape[:2])), forward(x))[1]
+    dip_loss(model, make_batch("llama"))  # compares the logits of some tokens
+    seen.clear()
     dip_loss(model, make_batch("llama"))
     assert seen == [(4, 10), (4, 10), (16, 10), (16, 0)]
 
@@ -111,11 +120,20 @@ def test_noise_at_the_heads_own_input(monkeypatch):
 
 def test_autocast(monkeypatch):
     model, batch = make("llama", num_samples=2), make_batch("llama")
+    dtypes = []
+    output_head = HeadInputs._output_head
+    monkeypatch.setattr(
+        HeadInputs, "_output_head", lambda *args: (dtypes.append(output_head(*args).dtype), output_head(*args))[1]
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        fast, _ = loss_and_gradients(model, batch)
+        fast, fast_gradients = loss_and_gradients(model, batch)
         monkeypatch.setattr(HeadInputs, "_plain_head", lambda self: None)
-        plain, _ = loss_and_gradients(model, batch)
+        plain, plain_gradients = loss_and_gradients(model, batch)
+    assert set(dtypes) == {torch.bfloat16} and len(dtypes) == 2  # compared, and taken
     torch.testing.assert_close(fast.loss, plain.loss, atol=2e-2, rtol=2e-2)
+    for name, gradient in plain_gradients.items():
+        assert fast_gradients[name].dtype == torch.float32
+        assert (fast_gradients[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-6, name
 
 
 def test_other_logits_are_left_whole_and_a_warning_says_so():
@@ -133,6 +151,82 @@ def test_other_logits_are_left_whole_and_a_warning_says_so():
     assert first.loss.requires_grad
 
 
+def padded_vocabulary(logits):
+    logits[..., -3:] = float("-inf")
+    return logits
+
+
+def finite_mask(logits):
+    logits[..., -3:] = torch.finfo(logits.dtype).min
+    return logits
+
+
+@pytest.mark.parametrize("change", [padded_vocabulary, finite_mask, lambda logits: logits.mul_(1.015)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_and_rescaled_logits_are_noticed(change, dtype):
+    base = build("llama").to(dtype)
+    forward = base.forward
+    base.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), change(out.logits))[0]
+    model = get_dip_model(base, DipConfig(noise_scale="absolute", weights="full")).train()
+    with pytest.warns(UserWarning, match="not the plain output of its head"):
+        assert not model.base_model._head_inputs.compare().logits_are_plain
+
+
+def test_a_head_that_changes_is_compared_again():
+    model, batch = make("llama"), make_batch("llama")
+    dip_loss(model, batch)
+    head = model.get_base_model().lm_head
+    forward = head.forward
+    head.forward = lambda x: 2 * forward(x)
+    with pytest.warns(UserWarning, match="not the plain output of its head"):
+        doubled = dip_loss(model, batch)
+    with model.deterministic():
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        expected = nn.functional.cross_entropy(
+            model(**inputs).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        )
+        assert dip_loss(model, batch).nll.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert doubled.loss.requires_grad
+
+
+def test_a_head_that_is_called_twice_is_not_taken_for_one():
+    base = build("llama")
+    forward = base.forward
+    base.forward = lambda *args, **kwargs: (forward(*args, **kwargs), base.lm_head(torch.ones(1, 2, 32)))[0]
+    model = get_dip_model(base, DipConfig(noise_scale="absolute", weights="full")).train()
+    with pytest.warns(UserWarning, match="not the plain output of its head"):
+        dip_loss(model, make_batch("llama"))
+
+
+def test_only_hidden_states_of_the_batch_are_taken():
+    base = build("llama")
+    inputs = HeadInputs(base)
+    ids = torch.arange(12).view(2, 6)
+    with inputs.taken(torch.Size([2, 5])):
+        logits = base(input_ids=ids).logits
+        assert inputs.pop() is None and logits.shape == (2, 6, 64)
+    with inputs.taken(torch.Size([2, 6])):
+        logits = base(input_ids=ids).logits
+        hidden, head = inputs.pop()
+    assert hidden.shape == (2, 6, 32) and logits.shape == (2, 0, 64)
+    assert torch.equal(head.logits(hidden), base(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("change", ["meta", "hook", "class", "shape"])
+def test_a_head_that_is_not_a_plain_linear_layer_is_left_alone(change):
+    base = build("llama")
+    head = base.lm_head
+    if change == "meta":
+        head.to("meta")
+    elif change == "hook":
+        head.register_forward_hook(lambda module, args, output: 2 * output)
+    elif change == "class":
+        base.lm_head = type("OtherLinear", (nn.Linear,), {})(32, 64, bias=False)
+    else:
+        head.weight = nn.Parameter(torch.zeros(0))  # as sharded by DeepSpeed
+    assert HeadInputs(base)._plain_head() is None and HeadInputs(build("llama"))._plain_head() is not None
+
+
 def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
     from peft import LoraConfig
 
@@ -144,7 +238,10 @@ def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
 
 
 def test_the_comparison_leaves_the_random_state_alone():
-    model, batch = make("llama"), make_batch("llama")
+    base = build("gpt2")
+    base.transformer.drop.p = 0.5
+    model = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute")).train()
+    batch = make_batch("llama")
     torch.manual_seed(3)
     first = dip_loss(model, batch).loss
     torch.manual_seed(3)
@@ -160,3 +257,41 @@ def test_the_trainer_keeps_a_loss_function_that_was_set(tmp_path):
     trainer.train()
     tripled = trainer.state.log_history[0]["nll"]
     assert 3 * 3.5 < tripled < 3 * 5  # ln 64 = 4.16
+
+
+class AddsToItsLoss(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + 10
+        return outputs
+
+
+class HasALossOfItsOwn(LlamaForCausalLM):
+    @property
+    def loss_function(self):
+        return lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
+
+
+def bart():
+    """Its labels are not those of the next token: it does not shift them."""
+    config = BartConfig(
+        **{"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+        **{"dropout": 0.0, "attention_dropout": 0.0, "is_decoder": True, "is_encoder_decoder": False},
+    )
+    return BartForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "make_base", [lambda: AddsToItsLoss(build("llama").config), lambda: HasALossOfItsOwn(build("llama").config), bart]
+)
+def test_the_trainer_keeps_a_loss_that_is_not_the_plain_one(make_base, tmp_path):
+    torch.manual_seed(0)
+    base = make_base()
+    config = DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.0, target_modules=r".*layers\.\d+")
+    trainer = make_trainer(get_dip_model(base, config), make_rows(), tmp_path, max_steps=1, learning_rate=0.0)
+    assert not trainer.model.base_model.has_plain_loss
+    trainer.train()
+    rows = list(make_rows())
+    expected = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert trainer.state.log_history[0]["nll"] == pytest.approx(expected, rel=0.1), len(rows)

@@ -42,4 +42,5 @@ def test_passes_whose_rows_are_not_known_to_be_copies_are_repeated_at_the_inputs
         {"output_hidden_states": True},
     ):
         assert not rows.can_enter_in_training({"input_ids": ids, **other})
+    assert not make("gpt_bigcode").can_enter_in_training({"input_ids": ids})  # gives its output the inputs' rows
     assert not make("falcon").can_enter_in_training({"input_ids": ids})  # its layers are given position biases

@@ -71,6 +71,23 @@ def test_samples_share_the_prompts_noise_and_nothing_else(monkeypatch):
         torch.testing.assert_close(ours, alone[:, :-1][mask], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("hidden", ["left padding", "a hole"])
+def test_copies_do_not_see_what_the_mask_hides(hidden):
+    """Nothing is a prompt, so that a copy begins where the row does; all samples are equal without noise."""
+    ids = torch.arange(3, 13)[None]
+    mask = torch.ones_like(ids)
+    mask[:, : 3 if hidden == "left padding" else 0] = 0
+    mask[:, 5] = hidden != "a hole"
+    labels = ids.masked_fill(mask == 0, -100)
+    base = build("llama")
+    inputs, sample_BW = lengthen(base, {"input_ids": ids, "attention_mask": mask, "labels": labels}, 3)
+    with torch.no_grad():
+        logits = base(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+    first, *others = by_sample(logits, inputs["labels"], sample_BW, 3)[0].chunk(3)
+    for other in others:
+        torch.testing.assert_close(other, first, atol=1e-5, rtol=1e-5)
+
+
 def test_a_pass_has_one_prompt():
     batch = {"input_ids": torch.arange(3, 9)[None], "labels": torch.tensor([[-100, -100, -100, 6, 7, 8]])}
     inputs, sample_BW = lengthen(build("llama"), batch, 3)
@@ -104,6 +121,14 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     model.get_base_model().config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="LlamaForCausalLM has attention 'flex_attention'"):
         dip_loss(model, batch)
+    mistral = make("mistral")
+    mistral.get_base_model().config.sliding_window = 9
+    with pytest.raises(ValueError, match="rows within the sliding window of 9, got 10"):
+        dip_loss(mistral, batch)
+    experts = make("mixtral")
+    experts.get_base_model().config.output_router_logits = True
+    with pytest.raises(ValueError, match="does not know the load-balancing loss"):
+        dip_loss(experts, batch)
     config = DipConfig(num_samples=2, antithetic=False, shared_prompt_noise=True, noise_scale="absolute")
     vit = get_dip_model(build("vit"), config)
     with pytest.raises(ValueError, match="for causal language models, not ViTForImageClassification"):

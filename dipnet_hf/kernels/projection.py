@@ -110,11 +110,12 @@ def project(x: torch.Tensor, std: torch.Tensor, key: int, antithetic: bool) -> t
     block_p, block_g = _blocks(num_groups)
     grid = (triton.cdiv(num_pairs, block_p), triton.cdiv(num_groups, block_g))
     if x.numel():
-        _project_kernel[grid](
-            rows, std.contiguous(), u, key, num_pairs, hidden_size,
-            ANTITHETIC=antithetic, PER_CHANNEL=std.numel() > 1, NUM_ROUNDS=_NUM_ROUNDS, APPROXIMATE=_APPROXIMATE,
-            BLOCK_P=block_p, BLOCK_G=block_g,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _project_kernel[grid](
+                rows, std.contiguous(), u, key, num_pairs, hidden_size,
+                ANTITHETIC=antithetic, PER_CHANNEL=std.numel() > 1, NUM_ROUNDS=_NUM_ROUNDS, APPROXIMATE=_APPROXIMATE,
+                BLOCK_P=block_p, BLOCK_G=block_g,
+            )  # fmt: skip
     return u if rows is x else torch.empty_like(x).copy_(u)  # with the strides that a compiler is told of
 
 
@@ -133,11 +134,12 @@ def noise_gradient(grad_u: torch.Tensor, key: int, antithetic: bool) -> torch.Te
     grid = (triton.cdiv(num_pairs, block_p * num_blocks), triton.cdiv(num_groups, block_g))
     partial = torch.empty(grid[0], hidden_size, dtype=torch.float32, device=grad_u.device)
     if grad_u.numel():
-        _noise_gradient_kernel[grid](
-            grad_u, partial, key, num_pairs, hidden_size,
-            ANTITHETIC=antithetic, NUM_ROUNDS=_NUM_ROUNDS, APPROXIMATE=_APPROXIMATE,
-            NUM_BLOCKS=num_blocks, BLOCK_P=block_p, BLOCK_G=block_g,
-        )  # fmt: skip
+        with torch.cuda.device_of(grad_u):
+            _noise_gradient_kernel[grid](
+                grad_u, partial, key, num_pairs, hidden_size,
+                ANTITHETIC=antithetic, NUM_ROUNDS=_NUM_ROUNDS, APPROXIMATE=_APPROXIMATE,
+                NUM_BLOCKS=num_blocks, BLOCK_P=block_p, BLOCK_G=block_g,
+            )  # fmt: skip
     return partial.sum(0)
 
 
