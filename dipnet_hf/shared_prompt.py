@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100
 _INPUTS = {"input_ids", "attention_mask", "labels"}
@@ -43,7 +42,7 @@ def check_shares_prompts(model: Any) -> None:
 
 def _text_config(model: Any) -> Any:
     config = getattr(model, "config", None)
-    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def lengthen(model: nn.Module, inputs: dict[str, Any], num_samples: int) -> tuple[dict[str, Any], torch.Tensor]:

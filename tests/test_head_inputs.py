@@ -131,9 +131,11 @@ def test_autocast(monkeypatch):
         plain, plain_gradients = loss_and_gradients(model, batch)
     assert set(dtypes) == {torch.bfloat16} and len(dtypes) == 2  # compared, and taken
     torch.testing.assert_close(fast.loss, plain.loss, atol=2e-2, rtol=2e-2)
-    for name, gradient in plain_gradients.items():
-        assert fast_gradients[name].dtype == torch.float32
-        assert (fast_gradients[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-6, name
+    ours, theirs = (
+        torch.cat([gradients[name].flatten() for name in plain_gradients])
+        for gradients in (fast_gradients, plain_gradients)
+    )
+    assert ours.dtype == torch.float32 and (ours - theirs).norm() < 3e-2 * theirs.norm()
 
 
 def test_other_logits_are_left_whole_and_a_warning_says_so():
