@@ -6,12 +6,13 @@
 A step is forward, backward and optimizer inside a trainer, on one batch of random tokens whose first half is a prompt
 without labels. All trainers take it in turns in one process, in an order that rotates, so that what else the machine
 does hits all; a row gives the median and the quartiles of the rounds' ratios. Peak memory, model and optimizer state
-included, is measured in a process of its own for each trainer. Liger runs on a GPU, where it is installed. Absolute
+included, is the median of three processes of each trainer: on a CPU they differ by a few percent. Liger runs on a GPU, where it is installed. Absolute
 times mean something on a GPU only. Not run on a GPU yet.
 """
 
 import argparse
 import importlib.util
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -80,11 +81,12 @@ RATIOS = [
 if torch.cuda.is_available():
     NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH, HIDDEN_SIZES = 16, 32_000, 4, 1024, [2048]
 else:
-    NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH, HIDDEN_SIZES = 4, 8192, 2, 128, [256, 1024]
+    NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH, HIDDEN_SIZES = 4, 8192, 2, 128, [1024]
 if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
     SIDES |= {"Trainer Liger": Side(Trainer, liger=True), "S=1 Liger": Side(DipTrainer, 1, liger=True)}
     RATIOS += [("S=1 Liger", "Trainer Liger"), ("S=1", "Trainer Liger")]
 MEMORY_STEPS = 3
+NUM_MEMORY_PROCESSES = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -103,7 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for hidden, weights in tqdm([(h, w) for h in args.hidden for w in args.weights], desc="models"):
         rounds = measure_time(hidden, weights, args.rounds)
-        memory = {name: memory_in_own_process(__file__, hidden, weights, name) for name in SIDES}
+        memory = {
+            name: statistics.median(
+                memory_in_own_process(__file__, hidden, weights, name) for _ in range(NUM_MEMORY_PROCESSES)
+            )
+            for name in SIDES
+        }
         for name, peer in RATIOS:
             rows.append(
                 {
