@@ -4,10 +4,10 @@
     python benchmarks/step.py --hidden 256 --rounds 3
 
 A step is forward, backward and optimizer inside a trainer, on one batch of random tokens whose first half is a prompt
-without labels. All trainers take it in turns in one process, in an order that rotates, so that what else the machine
-does hits all; a row gives the median and the quartiles of the rounds' ratios. Peak memory, model and optimizer state
-included, is the median of three processes of each trainer: on a CPU they differ by a few percent. Liger runs on a GPU, where it is installed. Absolute
-times mean something on a GPU only. Not run on a GPU yet.
+without labels. The two trainers of a row take it in turns in one process, so that what else the machine does hits both;
+a row gives the median and the quartiles of the rounds' ratios. Peak memory, model and optimizer state included, is on a
+CPU the median of three processes of each trainer, which differ by a few percent. Liger runs on a GPU, where it is
+installed. Absolute times mean something on a GPU only. Not run on a GPU yet.
 """
 
 import argparse
@@ -86,7 +86,7 @@ if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
     SIDES |= {"Trainer Liger": Side(Trainer, liger=True), "S=1 Liger": Side(DipTrainer, 1, liger=True)}
     RATIOS += [("S=1 Liger", "Trainer Liger"), ("S=1", "Trainer Liger")]
 MEMORY_STEPS = 3
-NUM_MEMORY_PROCESSES = 3
+NUM_MEMORY_PROCESSES = 1 if torch.cuda.is_available() else 3
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN_SIZES)
     parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of all trainers")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of a row")
     parser.add_argument("--memory-of", nargs=3, metavar=("HIDDEN", "WEIGHTS", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.memory_of:
@@ -104,14 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows = []
     for hidden, weights in tqdm([(h, w) for h in args.hidden for w in args.weights], desc="models"):
-        rounds = measure_time(hidden, weights, args.rounds)
         memory = {
             name: statistics.median(
                 memory_in_own_process(__file__, hidden, weights, name) for _ in range(NUM_MEMORY_PROCESSES)
             )
             for name in SIDES
         }
-        for name, peer in RATIOS:
+        for name, peer in tqdm(RATIOS, desc="rows", leave=False):
+            rounds = measure_time(hidden, weights, [name, peer], args.rounds)
             rows.append(
                 {
                     "hidden": hidden,
@@ -191,9 +191,9 @@ def step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
     trainer.optimizer.zero_grad()
 
 
-def measure_time(hidden: int, weights: str, num_rounds: int) -> list[dict[str, float]]:
-    """The seconds of a step of every side, in every round."""
-    built = {name: build(hidden, weights, side) for name, side in SIDES.items()}
+def measure_time(hidden: int, weights: str, names: list[str], num_rounds: int) -> list[dict[str, float]]:
+    """The seconds of a step of these sides, in every round."""
+    built = {name: build(hidden, weights, SIDES[name]) for name in names}
     sides = {name: (lambda both=both: step(*both)) for name, both in built.items()}
     for warmup in range(2):
         time_round(sides, warmup)
