@@ -4,10 +4,10 @@
     python benchmarks/step.py --hidden 256 --rounds 3
 
 A step is forward, backward and optimizer inside a trainer, on one batch of random tokens whose first half is a prompt
-without labels. The two trainers of a row take it in turns in one process, so that what else the machine does hits both;
-a row gives the median and the quartiles of the rounds' ratios. Peak memory, model and optimizer state included, is on a
-CPU the median of three processes of each trainer, which differ by a few percent. Liger runs on a GPU, where it is
-installed. Absolute times mean something on a GPU only. Not run on a GPU yet.
+without labels. The two trainers of a row take it in turns in one process, so that what else the machine does hits
+both; a row gives the median and the quartiles of the rounds' ratios. Peak memory, model and optimizer state included,
+is on a CPU the median of three processes of each trainer, which differ by a few percent. Liger runs on a GPU, where it
+is installed. Absolute times mean something on a GPU only. Not run on a GPU yet.
 """
 
 import argparse
