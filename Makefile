@@ -44,8 +44,8 @@ style: .venv/.installed  ## lint, format, types, spelling: checks only
 	.venv/bin/mypy
 	.venv/bin/codespell
 
-bench: .venv/.installed  ## every benchmark, on this machine (about 25 minutes on two cores)
-	for name in step loss projection scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
+bench: .venv/.installed  ## every benchmark, on this machine (about an hour on two cores)
+	for name in step loss projection instructions padding scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
 
 bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no network, under 8 minutes
 	.venv/bin/python benchmarks/projection.py
