@@ -11,6 +11,7 @@ is installed. Absolute times mean something on a GPU only. Not run on a GPU yet.
 """
 
 import argparse
+import gc
 import importlib.util
 import statistics
 import sys
@@ -193,6 +194,7 @@ def step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
 
 def measure_time(hidden: int, weights: str, names: list[str], num_rounds: int) -> list[dict[str, float]]:
     """The seconds of a step of these sides, in every round."""
+    gc.collect()  # the trainers of the last row hold each other
     built = {name: build(hidden, weights, SIDES[name]) for name in names}
     sides = {name: (lambda both=both: step(*both)) for name, both in built.items()}
     for warmup in range(2):
