@@ -45,7 +45,7 @@ style: .venv/.installed  ## lint, format, types, spelling: checks only
 	.venv/bin/codespell
 
 bench: .venv/.installed  ## every benchmark, on this machine (about an hour on two cores)
-	for name in step loss projection instructions padding scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
+	for name in step step_profile loss projection instructions padding scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
 
 bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no network, under 8 minutes
 	.venv/bin/python benchmarks/projection.py

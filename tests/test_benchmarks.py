@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11")
-from benchmarks import ensemble, gradient_variance, loss, measure, padding, projection, scaling, step
+from benchmarks import ensemble, gradient_variance, loss, measure, padding, projection, scaling, step, step_profile
 from tests.tiny_models import build, make_batch
 
 # trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
@@ -90,6 +90,15 @@ def test_step_compares_every_case(results, capsys):
         check_ratio(row, "time_ratio")
         assert row["memory_ratio"] == len(row["side"]) / len(row["peer"])
     assert "S=4 upper half" in capsys.readouterr().out
+
+
+def test_a_profile_lists_what_a_step_adds(results, capsys):
+    step_profile.main(["--hidden", "64", "--steps", "1"])
+    for row in read(results, "step_profile"):
+        added = {operator["name"]: operator["more_calls"] for operator in row["operators"]}
+        assert len(added) == step_profile.NUM_LISTED and all(calls > 0 for calls in added.values())
+        assert row["flops_over_peer"] > 0
+    assert "S=1 SFT over SFT: FLOPs" in capsys.readouterr().out
 
 
 def test_all_losses_are_one_objective(results):
