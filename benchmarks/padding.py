@@ -28,7 +28,7 @@ from recipes.finetune import load_tokenizer, prepare_data
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "stories260k-gsm8k-300.yaml"
 BATCH_SIZE = 16
-NUM_BATCHES = 4
+NUM_BATCHES = 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
