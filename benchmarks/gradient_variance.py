@@ -144,7 +144,7 @@ def draw(rows: list[dict], path: Path) -> None:
     """Draw the noise's variance times FLOPs over S, a panel a noise level."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(NOISE_STDS), figsize=(9, 3.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(NOISE_STDS), figsize=(9, 4.6), sharey=True, layout="constrained")
     for axis, std in zip(axes, NOISE_STDS, strict=True):
         for num_steps, style in zip(sorted({row["num_steps"] for row in rows}), ("-", "--"), strict=False):
             for kind, color in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
@@ -164,7 +164,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("noise variance x FLOPs, over S = 1")
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     print(f"Drawn in {path}")
 
