@@ -19,9 +19,9 @@ _NUM_COMPARED = 8  # more than one: a padding token's embedding may be zero
 
 
 class Comparison(NamedTuple):
-    """What one forward pass of a few tokens told of a model, as long as its head computes what it did then."""
+    """What one forward pass of a few tokens told of a model in a state."""
 
-    head_forward: Any
+    state: tuple
     logits_are_plain: bool = False  # `OutputHead` gives the model's logits
     loss_is_plain: bool = False  # the model's own loss is the shifted cross entropy, averaged over the tokens
 
@@ -94,11 +94,11 @@ class HeadInputs:
         A warning says so if the head is a plain one and its logits are not. A sharded model is not asked.
         """
         head = self._plain_head()
-        head_forward = None if head is None else head.forward
-        if self._compared is None or self._compared.head_forward != head_forward:
+        state = self._state(head)
+        if self._compared is None or self._compared.state != state:
             embeddings: Any = getattr(self._model.get_input_embeddings(), "weight", None)
             can_run = isinstance(embeddings, torch.Tensor) and embeddings.dim() == 2 and _is_whole(embeddings)
-            self._compared = self._compare(head, embeddings) if can_run else Comparison(head_forward)
+            self._compared = self._compare(head, embeddings) if can_run else Comparison(state)
             if can_run and head is not None and not self._compared.logits_are_plain:
                 warnings.warn(
                     f"The logits of {type(self._model).__name__} are not the plain output of its head, so the loss "
@@ -106,6 +106,10 @@ class HeadInputs:
                     stacklevel=2,
                 )
         return self._compared
+
+    def _state(self, head: nn.Linear | None) -> tuple:
+        """What may be replaced between two forward passes: the head's computation and the model's loss function."""
+        return None if head is None else head.forward, vars(self._model).get("_loss_function")
 
     def _compare(self, head: nn.Linear | None, embeddings: torch.Tensor) -> Comparison:
         inputs: list[torch.Tensor] = []
@@ -129,9 +133,9 @@ class HeadInputs:
         plain_loss = F.cross_entropy(logits[0, :-1].float(), labels[1:].to(logits.device))
         is_precise = logits.dtype == torch.float32
         return Comparison(
-            None if head is None else head.forward,
+            self._state(head),
             len(ours) == 1 and _are_close(ours[0].to(logits.device), logits.float(), 1e-4 if is_precise else 1e-2),
-            outputs.loss is not None and _are_close(outputs.loss.to(plain_loss), plain_loss, 1e-3),
+            outputs.loss is not None and _are_close(outputs.loss.to(plain_loss), plain_loss, 1e-5),
         )
 
 

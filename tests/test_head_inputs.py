@@ -261,6 +261,15 @@ def test_the_trainer_keeps_a_loss_function_that_was_set(tmp_path):
     assert 3 * 3.5 < tripled < 3 * 5  # ln 64 = 4.16
 
 
+def test_a_small_penalty_in_the_models_loss_is_noticed():
+    base = build("llama")
+    tuner = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute")).base_model
+    assert tuner.has_plain_loss
+    plain = base.loss_function
+    base.loss_function = lambda logits, **kwargs: plain(logits, **kwargs) + 1e-4 * logits.logsumexp(-1).square().mean()
+    assert not tuner.has_plain_loss
+
+
 class AddsToItsLoss(LlamaForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
@@ -293,7 +302,12 @@ def test_the_trainer_keeps_a_loss_that_is_not_the_plain_one(make_base, tmp_path)
     config = DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.0, target_modules=r".*layers\.\d+")
     trainer = make_trainer(get_dip_model(base, config), make_rows(), tmp_path, max_steps=1, learning_rate=0.0)
     assert not trainer.model.base_model.has_plain_loss
+    seen = []
+    trainer.model.get_base_model().register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True
+    )
     trainer.train()
-    rows = list(make_rows())
-    expected = trainer.evaluate(trainer.train_dataset)["eval_loss"]
-    assert trainer.state.log_history[0]["nll"] == pytest.approx(expected, rel=0.1), len(rows)
+    inputs = {name: seen[-1][name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).loss.item()
+    assert trainer.state.log_history[0]["nll"] == pytest.approx(expected, rel=1e-5)
