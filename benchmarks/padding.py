@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     base = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=dtype, attn_implementation=config.attn_implementation
     ).to(DEVICE)
-    model = get_dip_model(base, DipConfig(weights="full"), calibration=batches["padded"]).train()
+    model = get_dip_model(base, DipConfig(weights="full", init_noise_std=0.05), calibration=batches["padded"]).train()
     sides = {name: (lambda of_side=of_side: train(model, of_side)) for name, of_side in batches.items()}
     time_round(sides, 0)
     rounds = [time_round(sides, number) for number in tqdm(range(args.rounds), desc="rounds")]

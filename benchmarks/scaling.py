@@ -111,7 +111,8 @@ def work_of(point: Point) -> Callable[[], object]:
         model.to("cuda", torch.bfloat16)
     ids = torch.randint(VOCAB_SIZE, (BATCH_SIZE, point.length), device=model.device)
     batch = {"input_ids": ids, "labels": ids}
-    model = get_dip_model(model, DipConfig(weights="full", num_samples=point.num_samples), calibration=[batch])
+    config = DipConfig(weights="full", init_noise_std=0.05, num_samples=point.num_samples)
+    model = get_dip_model(model, config, calibration=[batch])
     if point.num_trajectories:
         return lambda: answer(model.eval(), ids, point.num_trajectories)
     trainer = DipTrainer(model, TrainingArguments(output_dir="runs/benchmark", report_to=[], disable_tqdm=True))

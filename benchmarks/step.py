@@ -157,6 +157,7 @@ def build(hidden: int, weights: str, side: Side) -> tuple[Trainer, dict[str, tor
     if side.num_samples:
         dip_config = DipConfig(
             weights=adapter,
+            init_noise_std=0.05,  # as a number: a model with random weights has no level to find
             num_samples=side.num_samples,
             layers_to_transform=list(range(NUM_LAYERS // 2, NUM_LAYERS)) if side.upper else None,
             stability_loss_weight=0.1 if side.stability else 0.0,

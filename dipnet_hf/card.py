@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -60,9 +61,12 @@ def _section(folder, config: dict[str, Any], training_data: str | None, metrics:
         "",
         f"- Base model: `{base}`",
         f"- Weights: `{weights}`",
-        f"- Sites: `{sites}`, layers `{'all' if layers is None else layers}`, one variance a {config['granularity']}",
-        f"- Objective: {config['num_samples']} noise sample(s) a step, alpha {config['alpha']:.6g}, "
-        f"beta {config['beta']:.6g} ({config['prior_reduction']}), "
+        f"- Sites: `{sites}`, layers `{'all' if layers is None else layers}`, "
+        f"one variance per {config['granularity']}",
+        f"- Noise: {config['noise_scale']}, initial standard deviation {config['init_noise_std']}",
+        f"- Objective: {config['num_samples']} noise sample(s) per step, prior of standard deviation "
+        f"{config['prior_std'] or 'as the initial one'} and weight {config['prior_weight']} "
+        f"({config['prior_reduction']}), "
         f"stability weight {config['stability_loss_weight']:.6g} on {config['stability_target']}",
         f"- Training data: {training_data or 'not recorded'}",
     ]
@@ -71,13 +75,14 @@ def _section(folder, config: dict[str, Any], training_data: str | None, metrics:
         "",
         "## Learned noise",
         "",
-        f"Standard deviation in units of each site's scale ({config['noise_scale']} noise).",
+        f"Standard deviation in units of the channel's scale ({config['noise_scale']} noise; the table has the median "
+        "scale of each site's channels).",
         "",
     ]
     lines += ["| site | scale | mean | min | max |", "|---|---|---|---|---|"]
     for name, row in read_noise(folder).items():
-        std = row["std"]
-        lines.append(f"| {name} | {row['scale']:.4g} | {sum(std) / len(std):.4g} | {min(std):.4g} | {max(std):.4g} |")
+        std, scale = row["std"], statistics.median_low(row["scale"])
+        lines.append(f"| {name} | {scale:.4g} | {sum(std) / len(std):.4g} | {min(std):.4g} | {max(std):.4g} |")
     return "\n".join([*lines, "", f"Written by dipnet_hf {config['dipnet_hf_version']}."])
 
 
@@ -85,7 +90,8 @@ def read_noise(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Read the learned noise of a saved adapter.
 
     Returns:
-        `dict`: by site name, `scale` (a float) and `std` (a list with one value a channel, in units of the scale).
+        `dict`: by site name, `scale` (a list with one value per channel) and `std` (the same, or of one value for all
+        channels, in units of the scale).
     """
     noise: dict[str, dict[str, Any]] = {}
     with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
@@ -94,7 +100,7 @@ def read_noise(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
             if found and parameter == "dip_logvar":
                 noise.setdefault(site, {})["std"] = [math.exp(v / 2) for v in file.get_tensor(key).tolist()]
             elif found and parameter == "dip_scale":
-                noise.setdefault(site, {})["scale"] = float(file.get_tensor(key))
+                noise.setdefault(site, {})["scale"] = file.get_tensor(key).reshape(-1).tolist()
     return {site: noise[site] for site in sorted(noise, key=_by_layer)}
 
 

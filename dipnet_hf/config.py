@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -11,9 +12,9 @@ from peft.config import PromptLearningConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .card import write_model_card
-from .objective import kl_weights
 
 TARGET_SITES = ("decoder_layer", "attention", "mlp", "linear", "embedding")
+PRIOR_WEIGHT = 0.1
 
 
 @dataclass
@@ -32,22 +33,27 @@ class DipConfig(PeftConfig):
         layers_pattern (`str` or `list[str]`, *optional*): the layers' name for `layers_to_transform` with
             `target_modules`, as in PEFT.
         granularity (`str`): one variance a `"channel"` (the paper's diagonal Sigma), or one a `"layer"`.
-        noise_scale (`str`): `"relative"` to the RMS of the site's input, measured by `calibrate`, or `"absolute"`, the
-            paper's form.
-        init_noise_std (`float`): the noise's initial standard deviation, in units of the scale.
+        noise_scale (`str`): `"relative"` to the spread of each channel of a site's input, which `calibrate` measures,
+            or `"absolute"`, the paper's form.
+        init_noise_std (`float` or `str`): the noise's initial standard deviation, in units of the scale; or `"auto"`:
+            `calibrate` finds the one that raises the loss of its batches by `init_loss_increase`, and writes it here.
+        init_loss_increase (`float`): how much, in nats per supervised token, for `init_noise_std="auto"`.
         logvar_learning_rate (`float`): the learning rate of the log-variances; they are never weight-decayed.
         num_samples (`int`): S of eq. (2), noise samples a training step.
         antithetic (`bool`): with an even `num_samples`, draw samples in pairs of +eps and -eps.
         shared_prompt_noise (`bool`): the samples share the noise, and the cost, of what stands before a row's first
             label; the answers are copied behind it. For causal language models with eager or sdpa attention and
             independent samples, in `dip_loss` and `DipTrainer`.
-        alpha (`float`, *optional*): weight of the summed variance in eq. (3). By default, and with `beta`, the KL
-            divergence of weight 1 to a prior of standard deviation `init_noise_std`: see `kl_weights`.
-        beta (`float`, *optional*): weight of the log-variance in eq. (3).
+        prior_std (`float`, *optional*): the standard deviation of the prior of eq. (3), in units of the scale; by
+            default `init_noise_std`. The larger it is, the further the variances may grow.
+        prior_weight (`float`): how many nats per token the prior may cost: eq. (3) is this weight times the mean KL
+            divergence from the prior. At its optimum, noise raises the loss by less than half of it.
         prior_reduction (`str`): eq. (3) as the `"mean"` over all sites and channels, or the `"sum"` of the paper.
         stability_loss_weight (`float`): weight of eq. (4); needs `num_samples >= 2`.
         stability_target (`str`): f of eq. (4): the target's `"log_prob"`, or the `"logits"`.
         dipnet_hf_version (`str`, *optional*): the version that wrote the file; filled in by itself.
+        alpha, beta (`float`, *optional*): the paper's weights of the variance and of the log-variance in eq. (3), in
+            place of `prior_std = sqrt(beta / alpha)` and `prior_weight = 2 * beta`, as which they are kept.
 
     Raises:
         ValueError: a value out of range, or fields that contradict each other; the message names what is allowed.
@@ -61,19 +67,22 @@ class DipConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "The layers' name."})
     granularity: str = field(default="channel", metadata={"help": "'channel' or 'layer'."})
     noise_scale: str = field(default="relative", metadata={"help": "'relative' or 'absolute'."})
-    init_noise_std: float = field(default=0.05, metadata={"help": "Initial noise std in units of the scale."})
+    init_noise_std: float | str = field(default="auto", metadata={"help": "Initial noise std, or 'auto'."})
+    init_loss_increase: float = field(default=0.05, metadata={"help": "Nats per token that 'auto' noise costs."})
     logvar_learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the log-variances."})
     num_samples: int = field(default=1, metadata={"help": "Noise samples a training step."})
     antithetic: bool = field(default=True, metadata={"help": "Samples in pairs of +eps and -eps."})
     shared_prompt_noise: bool = field(default=False, metadata={"help": "One pass over the prompt for all samples."})
-    alpha: float | None = field(default=None, metadata={"help": "Weight of the variance in eq. (3)."})
-    beta: float | None = field(default=None, metadata={"help": "Weight of the log-variance in eq. (3)."})
+    prior_std: float | None = field(default=None, metadata={"help": "Std of the prior; None: init_noise_std."})
+    prior_weight: float = field(default=PRIOR_WEIGHT, metadata={"help": "Weight of the KL divergence, eq. (3)."})
     prior_reduction: str = field(default="mean", metadata={"help": "'mean' or 'sum'."})
     stability_loss_weight: float = field(default=0.0, metadata={"help": "Weight of eq. (4)."})
     stability_target: str = field(default="log_prob", metadata={"help": "'log_prob' or 'logits'."})
     dipnet_hf_version: str | None = field(default=None, metadata={"help": "The version that wrote the file."})
+    alpha: InitVar[float | None] = None
+    beta: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, alpha: float | None, beta: float | None) -> None:
         super().__post_init__()
         self.peft_type = "DIP"
         if self.dipnet_hf_version is None:
@@ -83,6 +92,7 @@ class DipConfig(PeftConfig):
         self._check_weights()
         self._check_targets()
         self._check_noise()
+        self._take_paper_prior(alpha, beta)
         self._check_prior()
         self._check_samples()
 
@@ -122,25 +132,45 @@ class DipConfig(PeftConfig):
     def _check_noise(self) -> None:
         _check_choice("granularity", self.granularity, ("channel", "layer"))
         _check_choice("noise_scale", self.noise_scale, ("relative", "absolute"))
-        _check_not_negative("init_noise_std", self.init_noise_std)
+        if isinstance(self.init_noise_std, str):
+            _check_choice("init_noise_std", self.init_noise_std, ("auto",), also="a number")
+        else:
+            _check_not_negative("init_noise_std", self.init_noise_std)
+        _check_not_negative("init_loss_increase", self.init_loss_increase)
+        if self.init_loss_increase == 0:
+            raise ValueError("init_loss_increase must be positive: noise that costs nothing is no noise. Give nats.")
         _check_not_negative("logvar_learning_rate", self.logvar_learning_rate)
+
+    def _take_paper_prior(self, alpha: float | None, beta: float | None) -> None:
+        if alpha is None and beta is None:
+            return
+        if alpha is None or beta is None:
+            raise ValueError(f"Give both alpha and beta or neither, got alpha={alpha} and beta={beta}.")
+        if self.prior_std is not None or self.prior_weight != PRIOR_WEIGHT:
+            raise ValueError("Give alpha and beta, or prior_std and prior_weight, not both: they say the same.")
+        _check_not_negative("alpha", alpha)
+        _check_not_negative("beta", beta)
+        if alpha > 0 and beta == 0:
+            raise ValueError(
+                f"alpha={alpha} with beta=0 makes the variances collapse to zero. Give a positive beta, or prior_std "
+                "and prior_weight."
+            )
+        self.prior_weight = 2 * beta
+        if beta > 0:  # without alpha nothing holds the variances down: a prior of infinite variance
+            self.prior_std = math.sqrt(beta / alpha) if alpha > 0 else math.inf
 
     def _check_prior(self) -> None:
         _check_choice("prior_reduction", self.prior_reduction, ("mean", "sum"))
-        if (self.alpha is None) != (self.beta is None):
-            raise ValueError(f"Give both alpha and beta or neither, got alpha={self.alpha} and beta={self.beta}.")
-        if self.alpha is None or self.beta is None:
-            # Zero variance has no prior: its logarithm is infinite, and it never learns.
-            self.alpha, self.beta = kl_weights(self.init_noise_std, 1.0) if self.init_noise_std else (0.0, 0.0)
-        _check_not_negative("alpha", self.alpha)
-        _check_not_negative("beta", self.beta)
-        if self.alpha > 0 and self.beta == 0:
+        _check_not_negative("prior_weight", self.prior_weight)
+        if self.prior_std is None:
+            return
+        if isinstance(self.prior_std, bool) or not isinstance(self.prior_std, (int, float)) or not self.prior_std > 0:
+            raise ValueError(f"prior_std must be a positive number, or None, got {self.prior_std!r}.")
+        if self.init_noise_std == 0 and self.prior_weight > 0:
             raise ValueError(
-                f"alpha={self.alpha} with beta=0 makes the variances collapse to zero. Give a positive beta; "
-                "kl_weights(prior_std, weight) returns a pair that settles at prior_std."
+                "init_noise_std=0 makes the prior infinite: set prior_weight=0, leave prior_std out, or give a "
+                "positive std."
             )
-        if self.beta > 0 and self.init_noise_std == 0:
-            raise ValueError("init_noise_std=0 makes the prior infinite: give alpha=0 and beta=0, or a positive std.")
 
     def _check_samples(self) -> None:
         _check_choice("stability_target", self.stability_target, ("log_prob", "logits"))

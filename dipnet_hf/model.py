@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
 from torch import nn
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from . import objective
-from .calibration import measure_rms
+from .calibration import calibrate, noise_sweep, num_processes
 from .config import DipConfig
 from .ensemble import AVERAGES, Ensemble
 from .head_inputs import HeadInputs
@@ -24,7 +26,15 @@ from .projection import DipProjection, Draw, DrawMemory, NoiseSwitch, SiteDraw
 from .rows import RowRepeater
 from .shared_prompt import check_shares_prompts, lengthen
 from .sites import decoder_layers, find_sites
-from .weights import check_fits, check_sites, check_weights, export_weights, inject_weights, tuner_of
+from .weights import (
+    check_fits,
+    check_sites,
+    check_weights,
+    export_weights,
+    inject_weights,
+    tuner_of,
+    widen_scales,
+)
 
 
 def get_dip_model(
@@ -192,9 +202,6 @@ class DipModel(BaseTuner):
                     "forward pass they repeat. Use use_reentrant=False, or checkpoint the layers."
                 )
             return None
-        if self.switch.measuring:
-            mask = kwargs.get("attention_mask")
-            self.switch.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         projections = [projection for projection in self._projections if projection.sampling]
         changed = None
         if self._ensemble is not None and projections:
@@ -370,38 +377,93 @@ class DipModel(BaseTuner):
         return lengthen(self.model, batch, num_samples)
 
     def calibrate(self, batches: Iterable) -> None:
-        """Measure the RMS of every site's input and set it as the noise's scale: noise and dropout off, no padding.
+        """Find the noise that fits this model: its scale, and with `init_noise_std="auto"` its level.
 
-        It is averaged over the processes, so each may bring its own batches, but each must call it.
+        A channel's scale is 1.4826 times the median absolute deviation of the site's input over a random sample of up
+        to 512 tokens, without noise, dropout and padding. The level is the std whose noise raises the mean loss of
+        these batches by `init_loss_increase`; it is found in at most ten more passes and written to
+        `config.init_noise_std`. An adapter that is calibrated again keeps its variances.
 
         Args:
-            batches (`Iterable`): model inputs: mappings (a `labels` entry is ignored) or single tensors. All are used.
+            batches (`Iterable`): model inputs with `labels` (a number as `init_noise_std` needs none): mappings, or
+                single tensors. A few: all are used and kept meanwhile. Each process may bring its own, but each must
+                call this.
 
         Raises:
-            ValueError: there is no batch, or a site's RMS is zero or not finite.
+            ValueError: there is no batch, a site never ran, its input is not finite or all its channels are constant;
+                with `"auto"`, there are no labels, or the loss is not finite or cannot be raised. The adapter is then
+                as it was before.
         """
-        if self.active_dip_config.noise_scale == "absolute":
-            raise ValueError('noise_scale="absolute" has nothing to calibrate: its scale is 1.')
-        projections = self._active_projections()
+        calibrate(self.model, self.active_dip_config, self._active_projections(), list(batches), self._mean_loss)
+
+    def noise_sweep(self, batches: Iterable, stds: Sequence[float], per_site: bool = True) -> list[dict[str, Any]]:
+        """Measure the loss by the level of the noise, at all sites together and at each alone; nothing is changed.
+
+        Args:
+            batches (`Iterable`): as for `calibrate`, with `labels`; one pass over them per site and std.
+            stds (`Sequence[float]`): in units of the scale, which is known from `calibrate`.
+            per_site (`bool`): at each alone too.
+
+        Returns:
+            `list[dict]`: rows of `site` (its name, or `"all"`), `std` and `loss`, in nats per supervised token. The
+            first has `std` 0.
+
+        Raises:
+            ValueError: the model is not calibrated, there are no labels, or a std is negative.
+        """
+        if self.needs_calibration:
+            raise ValueError("noise_sweep needs the scale of the noise: call model.calibrate(batches) first.")
+        return noise_sweep(self.model, self._active_projections(), list(batches), stds, per_site, self._mean_loss)
+
+    def _mean_loss(self, batches: Iterable, noise: bool) -> float | None:
+        """The model's loss per supervised token over the batches of all processes, with the same noise at every call.
+
+        None where no batch has one.
+        """
+        device = next(self.model.parameters()).device
         with self.deterministic():
-            rms = measure_rms(self.model, projections, self.switch, batches)
-        for projection, scale in zip(projections, rms, strict=True):
-            projection.set_scale(scale)
+            plain = self.has_plain_loss  # before a batch runs, as it may take a pass of its own
+        total = torch.zeros(2, dtype=torch.float64)
+        with self.sampling(seed=0) if noise else self.deterministic():
+            for batch in batches:
+                total += self._loss_sum(send_to_device(batch, device), plain)
+        if num_processes() > 1:
+            total = total.to(device)
+            torch.distributed.all_reduce(total)
+        return float(total[0] / total[1]) if total[1] > 0 else None
+
+    def _loss_sum(self, batch: Any, plain: bool) -> torch.Tensor:
+        """A batch's loss, summed over its supervised tokens, and their number; zeros where the model computes none."""
+        if isinstance(batch, torch.Tensor):
+            self.model(batch)
+            return torch.zeros(2)
+        labels = batch.get("labels")
+        if plain and labels is not None and "shift_labels" not in batch:
+            terms = objective.data_terms(self, batch, num_samples=1)
+            return torch.tensor([float(terms.nll), terms.num_tokens])
+        if labels is None or "labels" not in inspect.signature(self.model.forward).parameters:
+            self.model(**{name: value for name, value in batch.items() if name != "labels"})
+            return torch.zeros(2)
+        loss = self.model(**batch).loss
+        targets = labels[:, 1:] if self.shifts_labels else labels
+        num_items = int((targets != objective.IGNORE_INDEX).sum())
+        return torch.tensor([float(loss) * num_items, num_items]) if num_items else torch.zeros(2)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether noise cannot be drawn yet because a relative scale was not measured."""
+        """Whether noise cannot be drawn yet because its scale or level was not found."""
         return not all(projection.calibrated for projection in self._active_projections())
 
     def noise_summary(self) -> list[dict[str, Any]]:
-        """List one row a site: `name`, `scale`, and the `mean`, `min` and `max` of the noise's std over channels.
+        """List one row per site: `name`, `scale`, and the `mean`, `min` and `max` of the noise's std over channels.
 
-        The std is relative, in units of `scale` (which is 1 for absolute noise); it is an RMS of the site's input.
+        `scale` is the median over the site's channels, in the units of its input. The std is in units of the channel's
+        own scale (which is 1 for absolute noise).
         """
         rows = []
         for projection in self._active_projections():
             std = torch.exp(projection.logvar.detach() / 2)
-            row = {"name": projection.site.name, "scale": float(projection.scale)}
+            row = {"name": projection.site.name, "scale": float(projection.scale.median())}
             rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
         return rows
 
@@ -420,10 +482,21 @@ class DipModel(BaseTuner):
         return [projection.logvar for projection in self._active_projections()]
 
     def prior_loss(self) -> torch.Tensor:
-        """Eq. (3) of the active adapter, a scalar."""
+        """Eq. (3) of the active adapter, a scalar.
+
+        Raises:
+            ValueError: the prior is around a level that calibration has not found yet.
+        """
         config = self.active_dip_config
-        assert config.alpha is not None and config.beta is not None
-        return objective.prior_loss(self.logvars(), config.alpha, config.beta, config.prior_reduction)
+        prior_std = config.init_noise_std if config.prior_std is None else config.prior_std
+        if isinstance(prior_std, str):
+            raise ValueError(
+                "The prior is around the noise's initial level, which was never found: call model.calibrate(batches) "
+                "first (DipTrainer does it by itself), or give a number as init_noise_std or prior_std."
+            )
+        # Zero variance has no prior: its logarithm is infinite, and it never learns.
+        alpha, beta = objective.kl_weights(prior_std, config.prior_weight) if prior_std else (0.0, 0.0)
+        return objective.prior_loss(self.logvars(), alpha, beta, config.prior_reduction)
 
     # ---- save, load, merge ----
 
@@ -451,6 +524,7 @@ class DipModel(BaseTuner):
             remapped = tuner_of(config.weights)._remap_adapter_state_dict_for_load(
                 model=model, config=config.weights, adapter_name=adapter_name, state_dict=state_dict
             )
+        widen_scales(model, adapter_name, remapped)
         check_fits(model, config, adapter_name, remapped)
         if config.weights == "full":
             # In place: with `low_cpu_mem_usage` PEFT puts new parameters into the model, which tears tied ones apart.

@@ -193,17 +193,13 @@ def _project_logvar_grad(
     antithetic: bool,
     channel_dim: int,
 ) -> torch.Tensor:
-    std = shaped_std(grad_u, logvar, scale, channel_dim)
     if kernels := _kernels(grad_u, channel_dim):
-        summed = kernels.noise_gradient(grad_u, int(key), antithetic)
-        summed = summed.sum(0, keepdim=True) if logvar.numel() == 1 else summed
-        return (summed * std.view(-1) / 2).to(logvar.dtype)
-    product = draw_noise(grad_u, key, antithetic).to(std.dtype).mul_(grad_u)
-    if logvar.numel() == 1:
-        summed = product.sum().reshape(1)
+        noise_grad_D = kernels.noise_gradient(grad_u, int(key), antithetic)
     else:
-        summed = product.movedim(channel_dim, -1).flatten(0, -2).sum(0)
-    return (summed * std.view(-1) / 2).to(logvar.dtype)
+        product = draw_noise(grad_u, key, antithetic).to(torch.promote_types(grad_u.dtype, torch.float32))
+        noise_grad_D = product.mul_(grad_u).movedim(channel_dim, -1).flatten(0, -2).sum(0)
+    grad_D = noise_grad_D * shaped_std(grad_u, logvar, scale, channel_dim).flatten() / 2
+    return (grad_D if logvar.numel() > 1 else grad_D.sum().reshape(1)).to(logvar.dtype)
 
 
 @_project_logvar_grad.register_fake
@@ -235,12 +231,12 @@ def project(
     antithetic: bool = False,
     channel_dim: int = -1,
 ) -> torch.Tensor:
-    """Draw u ~ N(x, scale^2 * diag(exp(logvar))), eq. (1), keeping no noise for the backward pass.
+    """Draw u ~ N(x, diag(scale^2 * exp(logvar))), eq. (1), keeping no noise for the backward pass.
 
     Args:
         x (`torch.Tensor`): the site's input, any float dtype; the result has the same. The sum is done in float32.
-        logvar (`torch.Tensor` of shape `(D,)` or `(1,)`): log of the variance relative to `scale^2`, float32.
-        scale (`torch.Tensor`, scalar): the unit of the noise, in the units of `x`.
+        logvar (`torch.Tensor` of shape `(D,)`, or `(1,)` for all): log of the variance over `scale^2`, float32.
+        scale (`torch.Tensor` of shape `(D,)`, or a scalar): the unit of the noise, in the units of `x`, float32.
         key (`torch.Tensor`, int64 scalar, on the CPU to spare a synchronisation): the same key gives the same draw.
         antithetic (`bool`): the second half of the rows gets the negative of the first half's noise.
         channel_dim (`int`): the dimension of `x` that `logvar` runs along.

@@ -154,12 +154,13 @@ class DataTerms(NamedTuple):
     outputs: Any
 
 
-def data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> DataTerms:
+def data_terms(model: torch.nn.Module, batch: dict[str, Any], num_samples: int | None = None) -> DataTerms:
     """Compute the data and the stability term in one forward pass, from whole logits only where there is no other way.
 
     Args:
         model (`torch.nn.Module`): from `get_dip_model`, also wrapped.
         batch (`dict`): model inputs with `labels`.
+        num_samples (`int`, *optional*): S of eq. (2) alone; by default what the active adapter's config says of both.
 
     Raises:
         ValueError: a row cannot be repeated, see `expand_batch`, or its prompt not shared, see `shared_prompt`.
@@ -167,8 +168,10 @@ def data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> DataTerms:
     tuner = extract_model_from_parallel(model, keep_torch_compile=False)
     config, shift = tuner.active_dip_config, tuner.shifts_labels
     samples, weight, target = config.num_samples, config.stability_loss_weight, config.stability_target
+    if num_samples is not None:
+        samples, weight = num_samples, 0.0
     sample_BW = None
-    if config.shared_prompt_noise:
+    if config.shared_prompt_noise and num_samples is None:
         inputs, sample_BW = tuner.share_prompts(batch, samples)
     else:
         inputs = expand_batch(batch, samples)

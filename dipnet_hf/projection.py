@@ -5,6 +5,7 @@ wrapping the layer would not.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -95,11 +96,9 @@ class DrawMemory:
 
 @dataclass
 class NoiseSwitch:
-    """One for all sites of a model: whether noise is on (None: as `train()` and `eval()` say), and measuring."""
+    """One for all sites of a model: whether noise is on (None: as `train()` and `eval()` say)."""
 
     on: bool | None = None
-    measuring: bool = False
-    token_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -114,7 +113,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
     """Projects one site's input to a learnable Gaussian, eq. (1).
 
     Every adapter has a `dip_logvar` (float32, whatever the model's dtype: small steps of it vanish in bfloat16) and a
-    `dip_scale` (NaN until measured by calibration).
+    `dip_scale`, one value per channel of the site. Both are NaN as long as calibration has to find them.
     """
 
     adapter_layer_names = ("dip_logvar",)
@@ -129,15 +128,18 @@ class DipProjection(nn.Module, BaseTunerLayer):
         self.dip_scale = BufferDict({}, persistent=True)
         self._calibrated: dict[str, bool] = {}
         self._use = SiteUse()  # not attributes of the module, which are slow to set
-        self._measured = torch.zeros(2, dtype=torch.float64)
+        self.observer: Callable[[torch.Tensor], None] | None = None  # is shown the site's inputs by calibration
         self.register_load_state_dict_post_hook(_note_calibration)
 
     def add_adapter(self, adapter_name: str, config: DipConfig, device: torch.device | None) -> None:
         """Create the adapter's parameters, at `init_noise_std` everywhere."""
         size = self.site.num_channels if config.granularity == "channel" else 1
-        logvar = 2 * torch.log(torch.full((size,), config.init_noise_std, dtype=torch.float32, device=device))
-        scale = torch.tensor(
-            1.0 if config.noise_scale == "absolute" else torch.nan, dtype=torch.float32, device=device
+        level_is_known = not isinstance(config.init_noise_std, str)
+        std = torch.tensor(config.init_noise_std if level_is_known else torch.nan, dtype=torch.float32, device=device)
+        logvar = 2 * torch.log(std.expand(size))
+        scale_is_known = config.noise_scale == "absolute" and level_is_known
+        scale = torch.full(
+            (self.site.num_channels,), 1.0 if scale_is_known else torch.nan, dtype=torch.float32, device=device
         )
         self.dip_logvar[adapter_name] = nn.Parameter(logvar)
         self.dip_scale[adapter_name] = scale
@@ -178,12 +180,12 @@ class DipProjection(nn.Module, BaseTunerLayer):
 
     @property
     def scale(self) -> torch.Tensor:
-        """The active adapter's scale, a scalar."""
+        """The active adapter's scale, of shape `(D,)`."""
         return self.dip_scale[str(self.adapter)]
 
     @property
     def calibrated(self) -> bool:
-        """Whether the active adapter's scale is known."""
+        """Whether the active adapter's noise is known."""
         return self._calibrated[str(self.adapter)]
 
     @property
@@ -205,19 +207,19 @@ class DipProjection(nn.Module, BaseTunerLayer):
         """Return `x`, or a draw of u ~ N(x, scale^2 exp(logvar)) while noise is on; shape and dtype are those of `x`.
 
         Raises:
-            ValueError: noise is on but the scale was never measured.
+            ValueError: noise is on but calibration has not found it yet.
         """
-        if self.switch.measuring:
-            self._measure(x)
+        if self.observer is not None:
+            self.observer(x)
         draw = self._current_draw()
         if draw is None:
             return x
         adapter = str(self.adapter)
         if not self._calibrated[adapter]:
             raise ValueError(
-                f"The noise of site '{self.site.name}' is relative to the RMS of its input, which was never measured. "
-                "Call model.calibrate(batches) with a few training batches first (DipTrainer does it by itself), or "
-                'set noise_scale="absolute".'
+                f"The noise of site '{self.site.name}' was never calibrated. Call model.calibrate(batches) with a few "
+                "labelled training batches first (DipTrainer does it by itself), or give a number as init_noise_std "
+                'together with noise_scale="absolute".'
             )
         logvar, scale = self.dip_logvar[adapter].to(x.device), self.dip_scale[adapter].to(x.device)
         return draw.project(x, logvar, scale, self.site.channel_dim)
@@ -240,26 +242,19 @@ class DipProjection(nn.Module, BaseTunerLayer):
             self.memory.note_repeated(self.site.name)
         return use.draw.repeated(use.number)
 
-    def _measure(self, x: torch.Tensor) -> None:
-        mask = self.switch.token_mask
-        if mask is not None and x.shape[: mask.dim()] == mask.shape:
-            x = x[mask.bool()]
-        self._measured += torch.stack([x.float().square().sum().cpu(), torch.tensor(x.numel())])
-
-    def pop_measured(self) -> torch.Tensor:
-        """The sum of squares and the number of values measured since the last call, float64 of shape `(2,)`."""
-        measured, self._measured = self._measured, torch.zeros_like(self._measured)
-        return measured
-
-    def set_scale(self, scale: torch.Tensor) -> None:
-        """Set the active adapter's scale."""
-        self.dip_scale[str(self.adapter)] = scale.to(self.scale)
+    def set_noise(self, scale: torch.Tensor | float | None = None, logvar: torch.Tensor | float | None = None) -> None:
+        """Set the active adapter's scale and log-variances, one value per channel or one for all; None leaves them."""
+        with torch.no_grad():
+            if scale is not None:
+                self.scale.copy_(torch.as_tensor(scale))
+            if logvar is not None:
+                self.logvar.copy_(torch.as_tensor(logvar))
         self.note_calibration()
 
     def note_calibration(self) -> None:
-        """Remember which scales are known, so that a forward pass need not wait for the device to tell."""
+        """Remember whose scale is known, so that a forward pass need not wait for the device to tell."""
         self._calibrated = {
-            name: not scale.is_meta and bool(torch.isfinite(scale)) for name, scale in self.dip_scale.items()
+            name: not scale.is_meta and bool(torch.isfinite(scale).all()) for name, scale in self.dip_scale.items()
         }
 
     def _apply(self, fn, recurse=True):

@@ -4,12 +4,15 @@ The data term is whatever loss the trainer computes, on S rows a row; the mixin 
 """
 
 import itertools
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils import CONFIG_NAME
 from transformers import PreTrainedConfig, Trainer
 
+from .config import DipConfig
 from .model import DipModel
 from .objective import data_terms, expand_batch, stability_penalty, supervised
 
@@ -53,7 +56,7 @@ class DipTrainerMixin(_Base):
         return tuner
 
     def train(self, *args, **kwargs):
-        """As the base trainer's; calibrates first if the noise is relative and its scale was not measured."""
+        """As the base trainer's; calibrates first if the noise's scale or level is not known."""
         if self._tuner().needs_calibration:
             self._calibrate()
         return super().train(*args, **kwargs)
@@ -69,6 +72,13 @@ class DipTrainerMixin(_Base):
         gradient_state = self.accelerator.gradient_state
         if any(loader is active for active in gradient_state.dataloader_references):
             gradient_state._remove_dataloader(loader)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
+        """As the base trainer's; with the level that the noise began at, around which the prior is."""
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if os.path.exists(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
+            saved = DipConfig.from_pretrained(resume_from_checkpoint)
+            self._tuner().active_dip_config.init_noise_std = saved.init_noise_std
 
     def create_optimizer(self, *args, **kwargs):
         """As the base trainer's, with the log-variances moved to a group of their own, without weight decay."""

@@ -110,3 +110,11 @@ def check_fits(model: nn.Module, config: DipConfig, adapter_name: str, state_dic
         f"The adapter was trained on a model of another shape: '{other}' has shape {saved.get(other)} in the file and "
         f"{own.get(other)} in this model (None: no such site). Load it on {config.base_model_name_or_path!r}."
     )
+
+
+def widen_scales(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Give each channel the scale that version 0.1 saved as one number per site; in place."""
+    for name, tensor in model.state_dict().items():
+        saved = state_dict.get(name)
+        if name.endswith(f"dip_scale.{adapter_name}") and saved is not None and saved.dim() == 0:
+            state_dict[name] = saved.expand(tensor.shape).clone()

@@ -18,6 +18,8 @@ from transformers import TrainingArguments
 
 from dipnet_hf import DipConfig
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass
 class EvaluationConfig:
@@ -66,7 +68,12 @@ class FinetuneConfig:
         max_length (`int`): tokens; longer training sequences are dropped, longer held-out ones are cut.
         max_train_samples (`int`, *optional*): train on the first so many sequences that fit.
         max_eval_samples (`int`, *optional*): hold out the first so many test problems.
+        num_validation_samples (`int`, *optional*): keep the last so many training problems from training, for
+            evaluation on the way (`training.eval_strategy`); null evaluates on the test problems. With
+            `training.metric_for_best_model: nll` the best checkpoint is scored beside the last.
         evaluation (`EvaluationConfig`): what the trained model is scored on.
+        dtype (`str`, *optional*): the data type of an adapter's base, as in transformers' `from_pretrained`; null is
+            the one it was saved in. All weights are trained in float32.
         attn_implementation (`str`, *optional*): as in transformers' `from_pretrained`; null is the model's default.
             With a flash attention, training batches have no padding; with others that would cost more.
         trust_remote_code (`bool`): let the model's repository run its own code.
@@ -81,15 +88,21 @@ class FinetuneConfig:
     max_length: int = 512
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    num_validation_samples: int | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    dtype: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self):
-        for name in ("max_length", "max_train_samples", "max_eval_samples"):
+        for name in ("max_length", "max_train_samples", "max_eval_samples", "num_validation_samples"):
             _require_positive(name, getattr(self, name), optional=name != "max_length")
         if "output_dir" not in self.training:
             raise ValueError("training.output_dir is not set; give the folder for the model and its results.")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or null, got {self.dtype!r}.")
+        if self.weights == "full" and self.dtype not in (None, "float32"):
+            raise ValueError(f"weights: full trains in float32, got dtype: {self.dtype}; use training.bf16=true.")
         if self.weights == "frozen" and self.dip is None:
             raise ValueError("weights: frozen with dip: null trains nothing; give a PEFT config or full, or set dip.")
         if self.evaluation.num_samples is not None and not self.evaluation.tasks:

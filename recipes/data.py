@@ -1,8 +1,10 @@
 """Question / answer data: reading it with clear errors, and turning it into tokens with labels on the answer.
 
 The text is that of lm-evaluation-harness' `gsm8k` task, so a model is trained on the very prompt it is scored with.
+SVAMP comes with equations in place of answers, and gets answers of the same form.
 """
 
+import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
@@ -10,8 +12,11 @@ from datasets.data_files import EmptyDatasetError
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from eval.json_rows import read_rows
+from eval.task_files import check_json_file
 
 COLUMNS = ("question", "answer")
+SVAMP_COLUMNS = ("Body", "Question", "Equation", "Answer")
+NUM_SVAMP_TRAIN = 700  # of 1,000, the rest is for testing, as on the Hub
 IGNORED_LABEL = -100
 
 
@@ -19,7 +24,8 @@ def load_problems(dataset: str, config_name: str | None = None) -> DatasetDict:
     """Load the splits of a dataset of problems, from the Hub or from a folder, by `datasets.load_dataset`.
 
     JSON files on this machine are read once beforehand: the errors of `datasets` name neither their line nor their
-    column.
+    column. A data set with the columns of SVAMP is turned into questions and answers; without a `test` split, what
+    follows its first 700 problems is that.
 
     Raises:
         ValueError: the folder, its files, a line, a column or the `train` split is missing or broken.
@@ -32,13 +38,61 @@ def load_problems(dataset: str, config_name: str | None = None) -> DatasetDict:
     splits = load_dataset(dataset, config_name)
     if "train" not in splits:
         raise ValueError(f"{dataset} has the splits {', '.join(splits)}, but training needs one called train.")
+    if set(SVAMP_COLUMNS) <= set(splits["train"].column_names):
+        return _from_svamp(dataset, splits)
     for name, split in splits.items():
         _check_columns(f"{dataset}, split {name}", split.column_names, COLUMNS)
     return splits
 
 
+def _from_svamp(dataset: str, splits: DatasetDict) -> DatasetDict:
+    for name, split in splits.items():
+        _check_columns(f"{dataset}, split {name}", split.column_names, SVAMP_COLUMNS)
+    splits = splits.map(svamp_problem, remove_columns=splits["train"].column_names, desc="SVAMP")
+    if "test" not in splits and len(splits["train"]) > NUM_SVAMP_TRAIN:
+        whole = splits["train"]
+        splits["train"] = whole.select(range(NUM_SVAMP_TRAIN))
+        splits["test"] = whole.select(range(NUM_SVAMP_TRAIN, len(whole)))
+    return splits
+
+
+def svamp_problem(row: dict) -> dict[str, str]:
+    """Turn a problem of SVAMP into a question and an answer that reasons by its equation: `8 - 3 = 5\\n#### 5`."""
+    equation = re.sub(r"(\d)\.0\b", r"\1", str(row["Equation"])).strip()
+    equation = re.sub(r"^\( (.*) \)$", r"\1", equation)  # the outermost pair, which every equation has
+    answer = f"{float(row['Answer']):.15g}"
+    return {"question": f"{row['Body']} {row['Question']}", "answer": f"{equation} = {answer}\n#### {answer}"}
+
+
+def hold_out(problems: DatasetDict, num_samples: int) -> DatasetDict:
+    """Move the last `num_samples` training problems into a split of their own, `validation`.
+
+    Raises:
+        ValueError: none is left to train on.
+    """
+    num_train = len(problems["train"]) - num_samples
+    if num_train < 1:
+        raise ValueError(
+            f"num_validation_samples={num_samples} leaves nothing to train on: there are {len(problems['train'])} "
+            "training problems."
+        )
+    train, validation = (
+        problems["train"].select(range(num_train)),
+        problems["train"].select(range(num_train, num_train + num_samples)),
+    )
+    return DatasetDict({**problems, "train": train, "validation": validation})
+
+
 def read_problems(path: str) -> list[dict]:
-    """Read one JSON Lines file of problems, or one JSON array of them; see `read_json_lines`."""
+    """Read one JSON Lines file of problems, or one JSON array of them; those of SVAMP are turned into such.
+
+    Raises:
+        ValueError: the file is missing, empty or broken; the message names its path and line.
+    """
+    rows = read_rows(path, f"give one JSON object a line with {' and '.join(COLUMNS)}")
+    if isinstance(rows[0][1], dict) and set(SVAMP_COLUMNS) <= set(rows[0][1]):
+        check_json_file(path, {"Body": "text", "Question": "text", "Equation": "text", "Answer": "a number"})
+        return [svamp_problem(row) for _, row in rows]
     return read_json_lines(path, COLUMNS)
 
 

@@ -11,6 +11,8 @@ again with the same configuration.
 
 import argparse
 import json
+import logging
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +34,7 @@ from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import (
     heldout_set,
+    hold_out,
     load_problems,
     make_collator,
     make_padding_free_collator,
@@ -44,6 +47,8 @@ from recipes.data import (
 def main(arguments: list[str] | None = None) -> None:
     """Run one configuration from the command line's arguments to `results.json`."""
     args = parse_arguments(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dipnet_hf").setLevel(logging.INFO)  # the level of the noise
     config = load_config(args.config, args.set)
     output_dir = Path(config.training["output_dir"])
     check_output_dir(output_dir, config)
@@ -52,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config)
     with training_args.main_process_first():
         problems, train_set, eval_set, counts = prepare_data(config, tokenizer)
+        validation_set = prepare_validation(config, tokenizer, problems)
         task_sets = prepare_tasks(config, tokenizer)
 
     set_seed(training_args.seed)
@@ -70,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         training_args,
         data_collator=make_padding_free_collator() if padding_free else make_collator(tokenizer),
         train_dataset=train_set,
-        eval_dataset=eval_set,
+        eval_dataset=validation_set or eval_set,
         processing_class=tokenizer,
         preprocess_logits_for_metrics=sum_nll,
         compute_metrics=mean_nll,
@@ -92,18 +98,25 @@ def main(arguments: list[str] | None = None) -> None:
         k = config.evaluation.num_samples
         with model.ensemble(k):
             ensemble_scores = score_model(trainer, tokenizer, config, evaluate(trainer, eval_set), task_sets, k)
+    noise = None if config.dip is None else noise_table(model, output_dir)
+    log_history = list(trainer.state.log_history)
+    best = score_best_checkpoint(trainer, tokenizer, config, eval_set, task_sets)
     if not trainer.is_world_process_zero():
         return
 
+    metrics = {**counts, "num_steps": trainer.state.global_step, **evaluated}
+    if config.dip is not None:
+        metrics["init_noise_std"] = model.active_dip_config.init_noise_std
     results = {
-        "metrics": {**counts, "num_steps": trainer.state.global_step, **evaluated},
+        "metrics": metrics,
         "scores": scores,
         "ensemble_scores": ensemble_scores,
-        "log_history": trainer.state.log_history,
+        "best_checkpoint": best,
+        "log_history": log_history,
         "provenance": provenance(__file__, asdict(config), seed=training_args.seed),
-        "noise": None if config.dip is None else noise_table(model, output_dir),
+        "noise": noise,
     }
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_results(output_dir / "results.json", results)
     print(format_summary(results))
     print(f"Model, tokenizer, config.yaml and results.json are in {output_dir}")
 
@@ -151,6 +164,8 @@ def prepare_data(config: FinetuneConfig, tokenizer):
         split), and the numbers of sequences in and left out.
     """
     problems = load_problems(config.dataset, config.dataset_config)
+    if config.num_validation_samples is not None:
+        problems = hold_out(problems, config.num_validation_samples)
     train_set, num_dropped = training_set(
         tokenize(problems["train"], tokenizer), config.max_length, config.max_train_samples
     )
@@ -165,6 +180,13 @@ def prepare_data(config: FinetuneConfig, tokenizer):
     return problems, train_set, eval_set, counts
 
 
+def prepare_validation(config: FinetuneConfig, tokenizer, problems: DatasetDict) -> Dataset | None:
+    """Tokenize the problems that `num_validation_samples` holds out for evaluation during training."""
+    if config.num_validation_samples is None:
+        return None
+    return heldout_set(tokenize(problems["validation"], tokenizer), config.max_length)[0]
+
+
 def prepare_tasks(config: FinetuneConfig, tokenizer) -> dict[str, Dataset]:
     """Read and tokenize the problems of the tasks that bring a file of their own."""
     files = {name: path for name, path in config.evaluation.tasks.items() if path is not None}
@@ -173,8 +195,8 @@ def prepare_tasks(config: FinetuneConfig, tokenizer) -> dict[str, Dataset]:
 
 
 def model_dtype(config: FinetuneConfig) -> torch.dtype | str:
-    """Keep trained weights in float32, where small updates survive; an adapter's base stays as it was saved."""
-    return torch.float32 if config.weights == "full" else "auto"
+    """Keep trained weights in float32, where small updates survive; an adapter's base is as configured or saved."""
+    return torch.float32 if config.weights == "full" else config.dtype or "auto"
 
 
 def wrap_model(model, config: FinetuneConfig):
@@ -245,7 +267,7 @@ def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:
     print(dump_config(config))
     if config.dip is not None:
         for row in trainer.model.noise_summary():
-            print("site {name}, relative std {mean:.4g}".format(**row))
+            print(f"site {row['name']}, relative std {trainer.model.active_dip_config.init_noise_std}")
     num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
     print(f"{num_trainable:,} trainable of {trainer.model.num_parameters():,} parameters, {num_steps:,} steps")
@@ -296,18 +318,42 @@ def score_model(
     return {name: {**scores[name], **generated[name]} for name in scores}
 
 
+def score_best_checkpoint(
+    trainer: Trainer, tokenizer, config: FinetuneConfig, eval_set, task_sets: dict[str, Dataset]
+) -> dict | None:
+    """Score, as the last one was, the checkpoint that `training.metric_for_best_model` found best on the way.
+
+    Returns:
+        `dict`: its `step`, `metrics` and `scores`; None if the run looked for none, or ended with it.
+    """
+    checkpoint = trainer.state.best_model_checkpoint
+    if checkpoint is None or trainer.args.load_best_model_at_end:
+        return None
+    trainer._load_best_model()
+    evaluated = evaluate(trainer, eval_set)
+    scores = score_model(trainer, tokenizer, config, evaluated, task_sets)
+    return {"step": trainer.state.best_global_step, "metrics": evaluated, "scores": scores}
+
+
+def write_results(path: Path, results: dict) -> None:
+    """Write a result file as JSON that a person can read: an entry a line, but lists of numbers on one."""
+    text = json.dumps(results, indent=1)
+    text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    path.write_text(text, encoding="utf-8")
+
+
 def noise_table(model: PeftModel, output_dir: Path) -> list[dict]:
     """Read each site's learned standard deviations, channel by channel, from the saved adapter.
 
     Returns:
-        `list[dict]`: the rows of `noise_summary`, each with `relative_std`, the list of `exp(logvar / 2)`; times the
-        row's `scale` it is the standard deviation in the units of the site's input.
+        `list[dict]`: the rows of `noise_summary`, each with `relative_std`, the list of `exp(logvar / 2)` to four
+        digits: the standard deviation in units of the channel's scale.
     """
     saved = load_file(output_dir / "adapter_model.safetensors")
     rows = []
     for row in model.noise_summary():
         logvar_D = saved[f"base_model.model.{row['name']}.dip_projection.dip_logvar"]
-        rows.append({**row, "relative_std": (logvar_D / 2).exp().tolist()})
+        rows.append({**row, "relative_std": [float(f"{std:.4g}") for std in (logvar_D / 2).exp().tolist()]})
     return rows
 
 

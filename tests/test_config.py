@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import warnings
 
 import pytest
 from peft import (
@@ -57,14 +58,23 @@ WEIGHTS = {
         ({"init_noise_std": -0.1}, "init_noise_std must be a finite number of at least 0, got -0.1"),
         ({"init_noise_std": float("nan")}, "init_noise_std must be a finite number.*got nan"),
         ({"init_noise_std": float("inf")}, "init_noise_std must be a finite number.*got inf"),
-        ({"init_noise_std": "0.1"}, "init_noise_std must be a finite number.*got '0.1'"),
+        ({"init_noise_std": "0.1"}, r"init_noise_std must be one of \['auto'\] or a number, got '0.1'"),
+        ({"init_noise_std": "automatic"}, "init_noise_std must be .*got 'automatic'.*Did you mean 'auto'"),
+        ({"init_loss_increase": -0.1}, "init_loss_increase must be a finite number of at least 0, got -0.1"),
+        ({"init_loss_increase": 0}, "init_loss_increase must be positive"),
         ({"logvar_learning_rate": -1.0}, "logvar_learning_rate must be a finite number of at least 0"),
         ({"prior_reduction": "none"}, r"prior_reduction must be one of \['mean', 'sum'\], got 'none'"),
         ({"alpha": 1.0}, "both alpha and beta or neither, got alpha=1.0 and beta=None"),
         ({"beta": 1.0}, "both alpha and beta or neither, got alpha=None and beta=1.0"),
         ({"alpha": -1.0, "beta": 1.0}, "alpha must be a finite number of at least 0, got -1.0"),
         ({"alpha": 1.0, "beta": -1.0}, "beta must be a finite number of at least 0, got -1.0"),
-        ({"alpha": 1.0, "beta": 0.0}, r"beta=0 makes the variances collapse.*kl_weights\("),
+        ({"alpha": 1.0, "beta": 0.0}, "beta=0 makes the variances collapse.*Give a positive beta"),
+        ({"alpha": 1.0, "beta": 1.0, "prior_std": 0.1}, "alpha and beta, or prior_std and prior_weight, not both"),
+        ({"alpha": 1.0, "beta": 1.0, "prior_weight": 2.0}, "alpha and beta, or prior_std and prior_weight, not both"),
+        ({"prior_std": 0.0}, "prior_std must be a positive number, or None, got 0.0"),
+        ({"prior_std": float("nan")}, "prior_std must be a positive number, or None, got nan"),
+        ({"prior_std": "0.1"}, "prior_std must be a positive number, or None, got '0.1'"),
+        ({"prior_weight": -1.0}, "prior_weight must be a finite number of at least 0, got -1.0"),
         ({"init_noise_std": 0.0, "alpha": 1.0, "beta": 1.0}, "init_noise_std=0 makes the prior infinite"),
         ({"stability_target": "prob"}, r"stability_target must be one of \['log_prob', 'logits'\]"),
         ({"stability_loss_weight": -1}, "stability_loss_weight must be a finite number of at least 0"),
@@ -95,6 +105,7 @@ def test_weights_of_another_type(weights):
         {"target_sites": "linear", "granularity": "layer", "noise_scale": "absolute", "layers_to_transform": 1},
         {"num_samples": 4, "alpha": 0.0, "beta": 0.0, "stability_loss_weight": 0.1, "stability_target": "logits"},
         {"init_noise_std": 0.0, "num_samples": 3, "antithetic": False},
+        {"init_noise_std": 0.1, "alpha": 0.0, "beta": 0.3},  # a prior that only pushes up: an infinite prior_std
     ],
     ids=lambda fields: "-".join(fields) or "defaults",
 )
@@ -127,15 +138,25 @@ def test_unknown_fields_of_a_newer_version_only_warn(tmp_path, inside):
     assert loaded == config
 
 
-def test_default_prior_is_a_kl_divergence_of_weight_one():
-    config = DipConfig(init_noise_std=0.2)
-    assert (config.alpha, config.beta) == pytest.approx((1 / (2 * 0.2**2), 0.5))
-    assert (config.alpha, config.beta) == kl_weights(0.2, 1.0)
+def test_the_papers_weights_are_kept_as_a_prior():
+    config = DipConfig(alpha=2.0, beta=0.5)
+    assert (config.prior_std, config.prior_weight) == (0.5, 1.0)
+    assert kl_weights(config.prior_std, config.prior_weight) == (2.0, 0.5)
+    assert (DipConfig(alpha=0.0, beta=0.0).prior_std, DipConfig(alpha=0.0, beta=0.0).prior_weight) == (None, 0.0)
+    rising = DipConfig(alpha=0.0, beta=0.5)
+    assert kl_weights(rising.prior_std, rising.prior_weight) == (0.0, 0.5)
 
 
-def test_no_noise_has_no_prior():
-    config = DipConfig(init_noise_std=0.0)
-    assert (config.alpha, config.beta) == (0.0, 0.0)
+def test_a_file_of_version_0_1_means_what_it_meant(tmp_path):
+    fields = DipConfig(init_noise_std=0.05).to_dict()
+    for name in ("init_loss_increase", "prior_std", "prior_weight"):
+        del fields[name]
+    fields |= {"alpha": 200.0, "beta": 0.5, "dipnet_hf_version": "0.1.0"}
+    tmp_path.joinpath("adapter_config.json").write_text(json.dumps(fields))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert (loaded.init_noise_std, loaded.prior_std, loaded.prior_weight) == (0.05, 0.05, 1.0)
 
 
 @pytest.mark.parametrize(("prior_std", "weight"), [(0, 1), (-1, 1), (float("nan"), 1), (1, -1), (1, float("nan"))])

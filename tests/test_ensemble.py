@@ -454,11 +454,11 @@ def test_what_has_no_ensemble_is_refused():
     with pytest.raises(ValueError, match="noise of a DIP adapter, and none is active"):
         model.ensemble(2).__enter__()
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8))
-    t5 = get_dip_model(t5, DipConfig(noise_scale="absolute"))
+    t5 = get_dip_model(t5, DipConfig(noise_scale="absolute", init_noise_std=0.05))
     with pytest.raises(ValueError, match=r"encoder-decoder.*model.sampling\(seed\)"):
         t5.ensemble(2).__enter__()
     uncalibrated = get_dip_model(build("llama"), DipConfig())
-    with uncalibrated.ensemble(2), pytest.raises(ValueError, match="never measured"):
+    with uncalibrated.ensemble(2), pytest.raises(ValueError, match="never calibrated"):
         uncalibrated(input_ids=input_ids)
 
 
@@ -499,7 +499,7 @@ def test_what_would_draw_other_noise_is_refused(batch):
             model.generate_batch(inputs=input_ids.tolist())
         with pytest.raises(ValueError, match=r"the inputs \['input_ids', .*\] hold none"):
             model(input_ids=None)
-    model.add_adapter("upper", DipConfig(layers_to_transform=[2], noise_scale="absolute"))
+    model.add_adapter("upper", DipConfig(layers_to_transform=[2], noise_scale="absolute", init_noise_std=0.05))
     with model.ensemble(2), pytest.raises(ValueError, match="adapter was changed within an ensemble"):
         model.set_adapter("upper")
         model(input_ids=input_ids)
@@ -526,6 +526,6 @@ def test_inputs_that_cannot_be_repeated_are_refused(batch):
             plain_cache = model(input_ids=input_ids).past_key_values
         with pytest.raises(ValueError, match="holds 4 rows, and 2 samples of 4 prompts need 8.*the same ensemble"):
             model(input_ids=input_ids[:, :1], past_key_values=plain_cache)
-    vit = get_dip_model(build("vit"), DipConfig(), calibration=[make_batch("vit")])
+    vit = get_dip_model(build("vit"), DipConfig(init_noise_std=0.1), calibration=[make_batch("vit")])
     with vit.ensemble(2), pytest.raises(ValueError, match="ViTForImageClassification takes no labels"):
         vit(**make_batch("vit"))

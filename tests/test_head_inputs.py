@@ -142,7 +142,7 @@ def test_other_logits_are_left_whole_and_a_warning_says_so():
     base = build("llama")
     forward = base.forward
     base.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), setattr(out, "logits", out.logits**3))[0]
-    model = get_dip_model(base, DipConfig(noise_scale="absolute", weights="full")).train()
+    model = get_dip_model(base, DipConfig(noise_scale="absolute", init_noise_std=0.05, weights="full")).train()
     batch = make_batch("llama")
     with pytest.warns(UserWarning, match="logits of LlamaForCausalLM are not the plain output of its head"):
         first = dip_loss(model.train(), batch)
@@ -169,7 +169,7 @@ def test_masked_and_rescaled_logits_are_noticed(change, dtype):
     base = build("llama").to(dtype)
     forward = base.forward
     base.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), change(out.logits))[0]
-    model = get_dip_model(base, DipConfig(noise_scale="absolute", weights="full")).train()
+    model = get_dip_model(base, DipConfig(noise_scale="absolute", init_noise_std=0.05, weights="full")).train()
     with pytest.warns(UserWarning, match="not the plain output of its head"):
         assert not model.base_model._head_inputs.compare().logits_are_plain
 
@@ -195,7 +195,7 @@ def test_a_head_that_is_called_twice_is_not_taken_for_one():
     base = build("llama")
     forward = base.forward
     base.forward = lambda *args, **kwargs: (forward(*args, **kwargs), base.lm_head(torch.ones(1, 2, 32)))[0]
-    model = get_dip_model(base, DipConfig(noise_scale="absolute", weights="full")).train()
+    model = get_dip_model(base, DipConfig(noise_scale="absolute", init_noise_std=0.05, weights="full")).train()
     with pytest.warns(UserWarning, match="not the plain output of its head"):
         dip_loss(model, make_batch("llama"))
 
@@ -242,7 +242,7 @@ def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
 def test_the_comparison_leaves_the_random_state_alone():
     base = build("gpt2")
     base.transformer.drop.p = 0.5
-    model = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute")).train()
+    model = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.05)).train()
     batch = make_batch("llama")
     torch.manual_seed(3)
     first = dip_loss(model, batch).loss
@@ -263,7 +263,7 @@ def test_the_trainer_keeps_a_loss_function_that_was_set(tmp_path):
 
 def test_a_small_penalty_in_the_models_loss_is_noticed():
     base = build("llama")
-    tuner = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute")).base_model
+    tuner = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.05)).base_model
     assert tuner.has_plain_loss
     plain = base.loss_function
     base.loss_function = lambda logits, **kwargs: plain(logits, **kwargs) + 1e-4 * logits.logsumexp(-1).square().mean()

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -220,7 +221,7 @@ def test_unload_gives_the_base_model_back():
     unloaded = model.unload()
     assert_no_trace(unloaded)
     assert torch.equal(logits(unloaded), logits(build("llama")))
-    again = get_dip_model(unloaded, DipConfig(), calibration=[make_batch("llama")])
+    again = get_dip_model(unloaded, DipConfig(init_noise_std=0.05), calibration=[make_batch("llama")])
     assert_same(again, dip_model(weights="frozen", init_noise_std=0.05))
 
 
@@ -327,7 +328,9 @@ def test_adapters_side_by_side(two_adapters):
 def test_an_adapter_added_beside_another_starts_as_the_base_model():
     model = trained()
     expected = logits(model), logits(model, seed=3)
-    model.add_adapter("fresh", DipConfig(weights=IA3Config(), task_type="CAUSAL_LM", target_sites="attention"))
+    model.add_adapter(
+        "fresh", DipConfig(weights=IA3Config(), task_type="CAUSAL_LM", target_sites="attention", init_noise_std=0.1)
+    )
     assert torch.equal(logits(model), expected[0]) and torch.equal(logits(model, seed=3), expected[1])
     model.set_adapter("fresh")
     assert torch.equal(logits(model), logits(build("llama")))
@@ -425,7 +428,7 @@ def test_sites_in_modules_that_are_saved_whole_are_refused(weights):
 
 def test_a_failed_merge_keeps_the_noise(tiny_llama, batch):
     model = get_dip_model(
-        tiny_llama, DipConfig(weights=LoraConfig(init_lora_weights=False)), calibration=[batch]
+        tiny_llama, DipConfig(weights=LoraConfig(init_lora_weights=False), init_noise_std=0.1), calibration=[batch]
     ).train()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(torch.nan)
@@ -445,7 +448,7 @@ def test_sites_of_an_asymmetric_encoder_decoder_are_in_the_decoder():
 
 
 def test_calibration_leaves_every_module_in_its_mode(tiny_llama, batch):
-    model = get_dip_model(tiny_llama, DipConfig()).train()
+    model = get_dip_model(tiny_llama, DipConfig(init_noise_std=0.1)).train()
     frozen = model.get_base_model().model.layers[1].eval()
     model.calibrate([batch])
     assert model.training and not frozen.training
@@ -456,84 +459,6 @@ def test_the_config_given_is_not_changed():
     before = copy.deepcopy(config)
     get_dip_model(build("llama"), config)
     assert config == before
-
-
-# ---- calibration ----
-
-
-@pytest.mark.parametrize("target_sites", ["decoder_layer", "attention", "mlp", "linear", "embedding"])
-def test_calibration_measures_the_inputs_of_the_base_model(tiny_llama, batch, target_sites):
-    other = {**batch, "attention_mask": batch["attention_mask"].flip(0), "input_ids": batch["input_ids"].flip(0)}
-    model = get_dip_model(tiny_llama, DipConfig(target_sites=target_sites, weights=LoraConfig()))
-    assert model.needs_calibration
-    model.train().calibrate([batch, other])
-    assert model.get_base_model().training and not model.needs_calibration
-
-    base = build("llama")
-    for row in model.noise_summary():
-        values = []
-
-        def keep(module, args, kwargs, output, values=values):
-            entered = args[0] if args else kwargs["hidden_states"]
-            values.append(output if target_sites == "embedding" else entered)
-
-        hook = base.get_submodule(row["name"]).register_forward_hook(keep, with_kwargs=True)
-        kept = []
-        for each in (batch, other):
-            logits(base, each)
-            kept.append(values.pop()[each["attention_mask"].bool()])
-        hook.remove()
-        assert row["scale"] == pytest.approx(torch.cat(kept).square().mean().sqrt().item(), rel=1e-6)
-        assert row["mean"] == pytest.approx(0.05) and row["min"] == row["max"]
-
-
-def test_calibration_takes_single_tensors_and_images(batch):
-    model = get_dip_model(build("llama"), DipConfig())
-    model.calibrate([batch["input_ids"]])
-    assert not model.needs_calibration
-    vit = get_dip_model(build("vit"), DipConfig(), calibration=[make_batch("vit")])
-    assert not vit.needs_calibration
-
-
-def test_calibration_that_fails_leaves_nothing_behind(tiny_llama, batch):
-    def breaks():
-        yield {**batch, "inputs_embeds": 100 * torch.ones(4, 10, 32), "input_ids": None}
-        raise RuntimeError("the data ended")
-
-    model = get_dip_model(tiny_llama, DipConfig(), calibration=[batch])
-    expected = model.noise_summary()
-    with pytest.raises(RuntimeError, match="the data ended"):
-        model.calibrate(breaks())
-    assert model.noise_summary() == expected
-    model.calibrate([batch])
-    assert model.noise_summary() == expected
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_an_input_without_a_scale_is_named(tiny_llama, batch, value):
-    model = get_dip_model(tiny_llama, DipConfig())
-    tiny_llama.model.embed_tokens.weight.data.fill_(value)
-    with pytest.raises(ValueError, match=r"RMS of (nan|inf|0\.0) at site 'model\.layers\.0'.*check"):
-        model.calibrate([batch])
-    assert model.needs_calibration
-
-
-def test_calibration_needs_batches_and_a_relative_scale(tiny_llama):
-    with pytest.raises(ValueError, match="Give at least one batch"):
-        get_dip_model(tiny_llama, DipConfig(), calibration=[])
-    with pytest.raises(ValueError, match='noise_scale="absolute" has nothing to calibrate'):
-        dip_model(noise_scale="absolute").calibrate([make_batch("llama")])
-
-
-def test_noise_before_calibration_names_it(tiny_llama, batch):
-    model = get_dip_model(tiny_llama, DipConfig()).train()
-    message = r"site 'model\.layers\.0' is relative.*Call model\.calibrate\(batches\).*noise_scale=\"absolute\""
-    with pytest.raises(ValueError, match=message):
-        model(**batch)
-    model.eval()
-    assert torch.equal(logits(model), logits(build("llama")))
-    with pytest.raises(ValueError, match=message), model.sampling():
-        model(**batch)
 
 
 # ---- noise ----
@@ -681,7 +606,7 @@ def test_the_card_says_what_the_adapter_is(tmp_path):
     for row in model.noise_summary():
         std = noise[row["name"]]["std"]
         assert sum(std) / len(std) == pytest.approx(row["mean"], rel=1e-5)
-        assert noise[row["name"]]["scale"] == pytest.approx(row["scale"])
+        assert statistics.median_low(noise[row["name"]]["scale"]) == row["scale"]
         cells = "".join(f" {row[name]:.4g} |" for name in ("scale", "mean", "min", "max"))
         assert f"| {row['name']} |{cells}\n" in body
 
@@ -705,6 +630,6 @@ def test_the_card_keeps_what_was_written_by_hand(tmp_path):
 
 
 def test_layers_of_a_deep_model_are_in_their_order(tmp_path):
-    model = get_dip_model(build("llama", num_layers=12), DipConfig(noise_scale="absolute"))
+    model = get_dip_model(build("llama", num_layers=12), DipConfig(noise_scale="absolute", init_noise_std=0.05))
     model.save_pretrained(tmp_path)
     assert list(read_noise(tmp_path)) == [f"model.layers.{i}" for i in range(12)]

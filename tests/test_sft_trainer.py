@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from dipnet_hf import DipConfig, DipSFTTrainer, DipTrainer, dip_loss, get_dip_model
 from dipnet_hf.projection import DipProjection
-from tests.tiny_models import build
+from tests.tiny_models import build, make_batch
 
 # trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
@@ -127,7 +127,7 @@ def test_peft_config_of_the_trainer(tokenizer, rows, tmp_path):
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=DipConfig(task_type="CAUSAL_LM"),
+        peft_config=DipConfig(task_type="CAUSAL_LM", init_noise_std=0.1),
     )
     trainer.train()
     assert len(trainer.model.noise_summary()) == 3
@@ -168,9 +168,7 @@ def test_both_trainers_agree(tokenizer, rows, tmp_path):
 
 def test_logvar_survives_the_cast_of_a_quantized_model(tokenizer, rows, tmp_path, monkeypatch):
     """TRL casts what trains to bfloat16 when the base is quantized; log-variances come out float32 and unchanged."""
-    model = get_dip_model(
-        build("llama"), DipConfig(init_noise_std=0.123), calibration=[{"input_ids": torch.ones(1, 4).long()}]
-    )
+    model = get_dip_model(build("llama"), DipConfig(init_noise_std=0.123), calibration=[make_batch("llama")])
     with torch.no_grad():
         for logvar in model.logvars():
             logvar.add_(torch.randn_like(logvar))

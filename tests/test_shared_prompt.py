@@ -129,7 +129,9 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     experts.get_base_model().config.output_router_logits = True
     with pytest.raises(ValueError, match="does not know the load-balancing loss"):
         dip_loss(experts, batch)
-    config = DipConfig(num_samples=2, antithetic=False, shared_prompt_noise=True, noise_scale="absolute")
+    config = DipConfig(
+        num_samples=2, antithetic=False, shared_prompt_noise=True, noise_scale="absolute", init_noise_std=0.05
+    )
     vit = get_dip_model(build("vit"), config)
     with pytest.raises(ValueError, match="for causal language models, not ViTForImageClassification"):
         dip_loss(vit.train(), make_batch("vit"))

@@ -93,6 +93,41 @@ def _build(name: str, num_layers: int, hidden_size: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
+def build_with_outliers() -> PreTrainedModel:
+    """Build a stand-in for a pretrained language model, which predicts the next token and has what no config gives.
+
+    As in real models, the first token (bos, 1) has a massive activation, so that its norm is 100 times that of the
+    others, and two channels are 20 times the others and constant over tokens. Both are planted in the embedding. Token
+    t is followed by `SUCCESSOR[t]`, which the head reads from the other channels.
+    """
+    model = build("llama")
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
+    meaning = embedding.clone()
+    meaning[:, [*OUTLIER_CHANNELS, MASSIVE_CHANNEL]] = 0.0
+    embedding[:, OUTLIER_CHANNELS] = 20.0
+    embedding[1, MASSIVE_CHANNEL] = 100 * embedding[2:].norm(dim=1).mean()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight[SUCCESSOR] = meaning
+    return model
+
+
+OUTLIER_CHANNELS, MASSIVE_CHANNEL = [3, 17], 5
+SUCCESSOR = torch.cat([torch.arange(3), torch.arange(3, VOCAB_SIZE).roll(-1)])
+
+
+def make_outlier_batch(num_rows: int = 8, length: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Make a batch of sequences that `build_with_outliers` predicts, each with bos first and padding on the right."""
+    tokens = torch.randint(3, VOCAB_SIZE, (num_rows, 1), generator=torch.Generator().manual_seed(seed))
+    while tokens.shape[1] < length - 1:
+        tokens = torch.cat([tokens, SUCCESSOR[tokens[:, -1:]]], dim=1)
+    input_ids = torch.cat([torch.ones(num_rows, 1, dtype=torch.int64), tokens], dim=1)
+    mask = (torch.arange(length) < length - torch.arange(num_rows)[:, None] % 4).long()
+    supervised = mask.bool() & (torch.arange(length) >= 2)
+    return {"input_ids": input_ids * mask, "attention_mask": mask, "labels": input_ids.where(supervised, -100)}
+
+
 def make_batch(name: str, num_rows: int = 4) -> dict[str, torch.Tensor]:
     """Make a batch with labels. Text has padding on the right, and its first three tokens have no label."""
     generator = torch.Generator().manual_seed(0)

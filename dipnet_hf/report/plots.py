@@ -45,7 +45,7 @@ def plot_losses(result_files: list[str], path: str) -> None:
 
 
 def plot_noise(result_file: str, path: str, sort_channels: bool = False) -> None:
-    """Draw the learned standard deviation, relative to the RMS of the site's input, by site (y) and channel (x).
+    """Draw the learned standard deviation, in units of the channel's scale, by site (y) and channel (x).
 
     Args:
         result_file (`str`): `results.json` of a DIP run.
@@ -70,7 +70,41 @@ def plot_noise(result_file: str, path: str, sort_channels: bool = False) -> None
     image = axes.imshow(std_ND, aspect="auto", interpolation="nearest", cmap="viridis")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set(xlabel="channel, by noise" if sort_channels else "channel", ylabel="site")
-    figure.colorbar(image, label="relative standard deviation")
+    figure.colorbar(image, label="standard deviation, in units of the channel's scale")
+    figure.savefig(path, dpi=150)
+
+
+def plot_noise_level(result_file: str, path: str) -> None:
+    """Draw the loss against the standard deviation of the noise: a line per site, and one for all of them.
+
+    Args:
+        result_file (`str`): what `recipes/noise_level.py` wrote.
+        path (`str`): the picture; its ending chooses the format.
+
+    Raises:
+        ValueError: the file is missing.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    results = read_results(result_file)
+    off, *rows = results["sweep"]
+    sites = list(dict.fromkeys(row["site"] for row in rows if row["site"] != "all"))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    by_depth = ScalarMappable(Normalize(0, max(len(sites) - 1, 1)), "viridis")
+    for number, site in enumerate([*sites, "all"]):
+        points = np.array([(row["std"], row["loss"]) for row in rows if row["site"] == site])
+        if site == "all":
+            axes.plot(*points.T, color="black", linewidth=2, label="all sites")
+        else:
+            axes.plot(*points.T, color=by_depth.to_rgba(number), linewidth=0.8)
+    figure.colorbar(by_depth, ax=axes, label="one site alone, by its number")
+    axes.axhline(off["loss"], color="0.5", linestyle=":", label="noise off")
+    axes.axvline(results["level"], color="0.5", linestyle="--", label=f"level {results['level']:.3g}")
+    axes.set(xscale="log", xlabel="standard deviation, in units of the channel's scale", ylabel="nats per token")
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 

@@ -106,6 +106,9 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
     [
         ([], {"modle": "m"}, "Unknown key modle; did you mean model"),
         (["training.learning_rat=1"], {}, "Unknown key training.learning_rat; did you mean training.learning_rate"),
+        (["dtype=float64"], {}, "dtype must be one of float32, bfloat16, float16 or null, got 'float64'"),
+        (["dtype=bfloat16"], {"weights": "full"}, "weights: full trains in float32, got dtype: bfloat16"),
+        (["num_validation_samples=0"], {}, "num_validation_samples must be a positive integer or null, got 0"),
         (["dip.init_std=1"], {}, "Unknown key dip.init_std; did you mean dip.init_noise_std"),
         (["dip.weights=full"], {}, "Unknown key dip.weights"),
         (["weights.rank=1"], {}, "Unknown key weights.rank; did you mean weights."),

@@ -2,12 +2,22 @@
 
 import copy
 import json
+import re
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from recipes.data import heldout_set, load_problems, make_collator, read_problems, tokenize, training_set
+from recipes.data import (
+    heldout_set,
+    hold_out,
+    load_problems,
+    make_collator,
+    read_problems,
+    svamp_problem,
+    tokenize,
+    training_set,
+)
 
 PROBLEM = {"question": "1 + 1?", "answer": "#### 2"}
 LINE = json.dumps(PROBLEM)
@@ -41,6 +51,49 @@ def test_broken_files_are_named_with_their_line(problems_folder, text, message):
     (problems_folder / "train.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_problems(str(problems_folder))
+
+
+SVAMP = {"ID": "chal-1", "Body": "A pack costs 76.", "Question": "And now?", "Type": "Sum"}
+SVAMP |= {"Equation": "( ( 76.0 - 25.5 ) * 10.0 )", "Answer": 505.0}
+
+
+def test_svamp_reasons_by_its_equation(tmp_path):
+    assert svamp_problem(SVAMP) == {
+        "question": "A pack costs 76. And now?",
+        "answer": "( 76 - 25.5 ) * 10 = 505\n#### 505",
+    }
+    folder = tmp_path / "svamp"
+    folder.mkdir()
+    (folder / "SVAMP.json").write_text(json.dumps([SVAMP] * 705))
+    problems = load_problems(str(folder))
+    assert {name: len(split) for name, split in problems.items()} == {"train": 700, "test": 5}
+    assert problems["test"][4] == svamp_problem(SVAMP) == read_problems(str(folder / "SVAMP.json"))[704]
+    (folder / "SVAMP.json").write_text(json.dumps([SVAMP, {**SVAMP, "Answer": "many"}]))
+    with pytest.raises(ValueError, match="SVAMP.json, item 2: Answer must be a number, got 'many'"):
+        load_problems(str(folder))
+
+
+def test_svamp_itself_is_read(shared):
+    problems = load_problems(str(shared / "data" / "svamp"))
+    assert {name: len(split) for name, split in problems.items()} == {"train": 700, "test": 300}
+    wrong = []
+    for problem in [*problems["train"], *problems["test"]]:
+        equation, result = problem["answer"].split("\n#### ")
+        left, _, right = equation.partition(" = ")
+        assert right == result and re.fullmatch(r"[\d. +*/()-]+", left)
+        if eval(left) != pytest.approx(float(result)):
+            wrong.append(equation)
+    assert wrong == ["( 4 - 2 ) + 3 = 1"]  # in the file itself
+
+
+def test_validation_problems_are_the_last_of_the_training_split(problems_folder):
+    problems = load_problems(str(problems_folder))
+    held_out = hold_out(problems, 5)
+    assert held_out["train"].to_list() == problems["train"].to_list()[:7]
+    assert held_out["validation"].to_list() == problems["train"].to_list()[7:]
+    assert held_out["test"].to_list() == problems["test"].to_list()
+    with pytest.raises(ValueError, match="num_validation_samples=12 leaves nothing to train on: there are 12"):
+        hold_out(problems, 12)
 
 
 def test_missing_data_is_named(problems_folder, tmp_path):

@@ -1,6 +1,7 @@
 """The fine-tuning recipe from its command line to `results.json`, on a tiny model: DIP and plain, resumed, refused."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -99,8 +100,50 @@ def test_noise_table_holds_every_channel(run, model_folder):
     folder = run(dip={"init_noise_std": 0.1, "layers_to_transform": [1]})
     (row,) = read(folder)["noise"]
     assert row["name"].endswith("layers.1") and len(row["relative_std"]) == 16
-    assert sum(row["relative_std"]) / 16 == pytest.approx(row["mean"], rel=1e-5)
-    assert min(row["relative_std"]) == pytest.approx(row["min"], rel=1e-5)
+    assert sum(row["relative_std"]) / 16 == pytest.approx(row["mean"], rel=1e-3)
+    assert min(row["relative_std"]) == pytest.approx(row["min"], rel=1e-3)
+    text = (folder / "results.json").read_text()
+    assert any(line.count(",") == 15 for line in text.splitlines())  # a list of numbers is one line
+
+
+def test_the_level_is_found_written_and_resumed(run, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dipnet_hf")
+    dip = {"init_loss_increase": 0.02}
+    base = run(name="base", weights="full", max_steps=30, learning_rate=3e-2)  # one that predicts something
+    whole = run("--set", f"model={base}", name="whole", dip=dip)
+    level = read(whole)["metrics"]["init_noise_std"]
+    assert 0.001 < level < 8 and f"Noise level {level:.3g} found" in caplog.text
+    assert json.loads((whole / "adapter_config.json").read_text())["init_noise_std"] == level
+    for checkpoint in ("checkpoint-2", "checkpoint-4"):  # amid the run, and after its last step
+        resumed = tmp_path / checkpoint
+        shutil.copytree(whole / checkpoint, resumed / checkpoint)
+        run("--set", f"model={base}", name=checkpoint, dip=dip)
+        assert read(resumed)["metrics"] == read(whole)["metrics"]
+        assert json.loads((resumed / "adapter_config.json").read_text())["init_noise_std"] == level
+
+
+@pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.1}], ids=["plain", "dip"])
+def test_the_best_checkpoint_is_found_on_validation_problems_and_scored(run, model_folder, tokenizer, dip):
+    folder = run(
+        "--set",
+        "num_validation_samples=3",
+        dip=dip,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="nll",
+        greater_is_better=True,  # so that the last checkpoint is not the best
+    )
+    results = read(folder)
+    assert results["metrics"]["num_train_sequences"] == 8  # of twelve three are held out, and one is too long
+    on_the_way = {entry["step"]: entry["eval_nll"] for entry in results["log_history"] if "eval_nll" in entry}
+    assert sorted(on_the_way) == [2, 4, 6]
+    best = results["best_checkpoint"]
+    assert best["step"] == max(on_the_way, key=on_the_way.get) < 6
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = PeftModel.from_pretrained(model, folder / f"checkpoint-{best['step']}").eval()
+    assert best["metrics"]["eval_nll"] == pytest.approx(reference_nll(model, tokenizer, folder), rel=1e-5)
+    assert best["metrics"]["eval_nll"] != results["metrics"]["eval_nll"]
 
 
 def test_plain_and_dip_see_the_same_data_in_the_same_order(run, monkeypatch):
@@ -129,6 +172,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, dip, weights):
 
 
 def test_dry_run_tells_and_stops(run, capsys):
+    run("--dry-run", dip={})
+    assert "layers.1, relative std auto" in capsys.readouterr().out
     folder = run("--dry-run", dip={"init_noise_std": 0.25})
     printed = capsys.readouterr().out
     assert "init_noise_std: 0.25" in printed and "layers.1, relative std 0.25" in printed

@@ -1,0 +1,480 @@
+"""Calibration: the scale of every channel, the level that is found by itself, and what both do on a stand-in for a
+pretrained model, whose massive activations and outlier channels no model built from a config has."""
+
+import logging
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from dipnet_hf import DipConfig, DipTrainer, dip_loss, get_dip_model
+from dipnet_hf import calibration as calibration_module
+from dipnet_hf.calibration import TokenSample, channel_scale, find_std, tokens_of
+from tests.test_trainer import make_trainer
+from tests.tiny_models import (
+    MASSIVE_CHANNEL,
+    OUTLIER_CHANNELS,
+    build,
+    build_with_outliers,
+    make_batch,
+    make_outlier_batch,
+)
+
+NORMAL_STD = 1.482602218505602  # 1 / the third quartile of a standard normal
+
+
+def outlier_model(**fields):
+    """The stand-in, calibrated on two batches by its defaults, as a user would."""
+    batches = [make_outlier_batch(seed=seed) for seed in (1, 2)]
+    return get_dip_model(build_with_outliers(), DipConfig(**{"weights": "full", **fields}), calibration=batches)
+
+
+@torch.no_grad()
+def nll(model, batch=None):
+    return float(model(**(batch or make_outlier_batch())).loss)
+
+
+def site_inputs(model, names, batches):
+    """What enters each site without noise, padding left out: `(N, D)` by name."""
+    kept = {name: [] for name in names}
+    for name in names:
+        module = model.get_submodule(name)
+        mask = [None]
+
+        def keep(module, args, kwargs, name=name, mask=mask):
+            kept[name].append((args[0] if args else kwargs["hidden_states"])[mask[0]])
+
+        hook = module.register_forward_pre_hook(keep, with_kwargs=True)
+        for batch in batches:
+            mask[0] = batch["attention_mask"].bool()
+            with torch.no_grad():
+                model(**batch)
+        hook.remove()
+    return {name: torch.cat(values) for name, values in kept.items()}
+
+
+# ---- the scale ----
+
+
+def test_a_channels_scale_is_its_median_absolute_deviation():
+    tokens = torch.tensor([[1.0, 0, 7], [2, 0, 7], [3, 50, 7], [4, 100, 7], [1000, 200, 7]])
+    expected = torch.tensor([1.0, 50, 0]) * NORMAL_STD
+    expected[2] = 0.01 * expected[0]  # constant: a part of the median over the others, the lower of two
+    torch.testing.assert_close(channel_scale(tokens), expected, rtol=1e-4, atol=0)
+    assert torch.equal(channel_scale(torch.ones(4, 3)), torch.zeros(3))
+
+
+def test_a_channel_that_is_mostly_zero_has_a_scale_unless_a_massive_token_alone_differs():
+    tokens = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(0))
+    rectified = torch.cat([(tokens - 0.5).relu(), torch.zeros(10_000, 1)], dim=1)
+    rectified[0, 2] = 1e4
+    scale = channel_scale(rectified)
+    # 0.9 of a shifted normal's values are below 1.2816 - 0.5.
+    torch.testing.assert_close(scale[:2], torch.tensor([0.7816, 0.7816]) / 1.64485, rtol=0.1, atol=0)
+    assert scale[2] == 0.01 * scale[:2].min()
+
+
+def test_the_scale_of_normal_channels_is_their_standard_deviation():
+    tokens = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9) + 100
+    standard_error = math.sqrt(1.36 / len(tokens))
+    assert ((channel_scale(tokens) / torch.arange(1, 9) - 1).abs() < 5 * standard_error).all()
+
+
+@pytest.mark.parametrize("target_sites", ["decoder_layer", "attention", "mlp", "linear"])
+@pytest.mark.parametrize("granularity", ["channel", "layer"])
+def test_every_channel_of_every_site_is_measured_on_the_base_model(target_sites, granularity):
+    other = make_batch("llama")
+    other = {**other, "attention_mask": other["attention_mask"].flip(0), "input_ids": other["input_ids"].flip(0)}
+    config = DipConfig(weights=LoraConfig(), target_sites=target_sites, granularity=granularity, init_noise_std=0.05)
+    model = get_dip_model(build("llama"), config)
+    assert model.needs_calibration
+    model.train().calibrate([make_batch("llama"), other])
+    assert model.get_base_model().training and not model.needs_calibration
+
+    names = [row["name"] for row in model.noise_summary()]
+    inputs = site_inputs(build("llama"), names, [make_batch("llama"), other])
+    for row in model.noise_summary():
+        projection = model.get_base_model().get_submodule(row["name"]).dip_projection
+        expected = channel_scale(inputs[row["name"]])
+        torch.testing.assert_close(projection.scale, expected, rtol=1e-5, atol=0)
+        assert len(projection.logvar) == (len(expected) if granularity == "channel" else 1)
+        assert row["scale"] == projection.scale.median() and row["mean"] == pytest.approx(0.05)
+    model.train()
+    assert dip_loss(model, other).loss.isfinite()
+
+
+def test_an_embedding_is_measured_at_its_output():
+    model = get_dip_model(build("llama"), DipConfig(target_sites="embedding", init_noise_std=0.05))
+    batch = make_batch("llama")
+    model.calibrate([batch])
+    base = build("llama")
+    expected = channel_scale(base.model.embed_tokens(batch["input_ids"])[batch["attention_mask"].bool()])
+    torch.testing.assert_close(model.get_base_model().model.embed_tokens.dip_projection.scale, expected)
+
+
+def test_channels_of_a_convolution_are_its_second_dimension():
+    model = get_dip_model(build("resnet"), DipConfig(target_modules=r".*stages\.1.*convolution", init_noise_std=0.05))
+    images = make_batch("resnet")
+    inputs = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "dip_projection"):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    model.eval().calibrate([{"pixel_values": images["pixel_values"]}])
+    assert inputs
+    for name, x in inputs.items():
+        expected = channel_scale(x.movedim(1, -1).flatten(0, 2))
+        torch.testing.assert_close(model.get_base_model().get_submodule(name).dip_projection.scale, expected)
+
+
+def test_tokens_are_found_wherever_rows_and_length_are():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    tokens = torch.arange(6.0).view(2, 3, 1)
+    expected = torch.tensor([0.0, 1, 2, 3])
+    assert torch.equal(tokens_of(tokens, -1, mask).flatten(), expected)
+    assert torch.equal(tokens_of(tokens.transpose(0, 1), -1, mask).flatten().sort().values, expected)  # length first
+    streams = torch.stack([tokens, tokens + 10])  # streams first
+    assert set(tokens_of(streams, -1, mask).flatten().tolist()) == {0, 1, 2, 3, 10, 11, 12, 13}
+    assert torch.equal(tokens_of(tokens.view(6, 1), -1, mask).flatten(), expected)  # an expert's, in one row
+    assert tokens_of(torch.ones(2, 7, 4), -1, mask).shape == (14, 4)  # other rows than the text's
+    assert tokens_of(torch.ones(2, 4, 5, 6), 1, None).shape == (60, 4)  # an image
+
+
+def test_a_sample_of_tokens_is_uniform_and_bounded():
+    counts = torch.zeros(100)
+    for offset in range(200):
+        sample = TokenSample(10)
+        sample._generator.manual_seed(offset)
+        for part in torch.arange(100.0).view(-1, 1).split([1, 49, 30, 20]):
+            sample.add(part)
+        kept = sample.gather(1, torch.device("cpu"))
+        assert kept.shape == (10, 1) and len(kept.unique()) == 10
+        counts[kept.long().flatten()] += 1
+    # Each token is kept with probability 0.1.
+    assert ((counts - 20).abs() < 5 * math.sqrt(200 * 0.1 * 0.9)).all()
+
+
+def test_many_tokens_keep_the_memory_of_a_sample(monkeypatch):
+    batches = [make_outlier_batch(num_rows=32, seed=seed) for seed in range(4)]
+    config = DipConfig(weights="frozen", init_noise_std=0.1)
+    whole = get_dip_model(build_with_outliers(), config, calibration=batches)
+    kept = []
+    monkeypatch.setattr(calibration_module, "_check_tokens", lambda name, tokens: kept.append(len(tokens)))
+    monkeypatch.setattr(calibration_module, "_MAX_TOKENS", 256)
+    sampled = get_dip_model(build_with_outliers(), config, calibration=batches)
+    assert kept == [256] * 3
+    for ours, theirs in zip(
+        sampled.base_model._projections, whole.base_model._projections, strict=True
+    ):  # within five standard errors
+        assert ((ours.scale / theirs.scale - 1).abs() < 5 * math.sqrt(1.36 / 256)).all()
+    monkeypatch.setattr(calibration_module, "_MAX_VALUES", 3 * 32 * 200)
+    get_dip_model(build_with_outliers(), config, calibration=batches)
+    assert kept[-1] == 200
+
+
+# ---- the level ----
+
+
+@pytest.mark.parametrize("increase", [1e-4, 0.05, 1.0])
+def test_the_level_is_found_where_the_loss_is_a_parabola(increase):
+    calls = []
+
+    def loss_at(std):
+        calls.append(std)
+        return 2.0 + 3.0 * std**2
+
+    std, loss = find_std(loss_at, 2.0, increase)
+    assert loss - 2.0 == pytest.approx(increase, rel=0.05) and loss == loss_at(std)
+    assert len(calls) <= 11
+    # A loss that noise lowers at first, and one that is not finite, are met on the way.
+    std, _ = find_std(lambda std: math.nan if std > 1 else 2.0 - 0.1 * std + std**2, 2.0, 0.05)
+    assert std == pytest.approx(0.05 + math.sqrt(0.0525), rel=0.05)
+
+
+@pytest.mark.parametrize("loss_at", [lambda std: 2.0, lambda std: 3.0, lambda std: math.nan])
+def test_a_loss_that_noise_does_not_raise_by_so_much_is_an_error(loss_at):
+    with pytest.raises(ValueError, match=r"No noise raises the loss .*, 2, by init_loss_increase=0.05.*Give a number"):
+        find_std(loss_at, 2.0, 0.05)
+
+
+def test_auto_finds_the_level_of_the_calibration_batches(caplog):
+    caplog.set_level(logging.INFO, "dipnet_hf")
+    config = DipConfig(weights="full", init_loss_increase=0.1)
+    model = get_dip_model(build_with_outliers(), config)
+    passes = []
+    model.get_base_model().register_forward_hook(lambda module, args, output: passes.append(output.logits.shape))
+    batches = [make_outlier_batch(seed=seed) for seed in (1, 2)]
+    model.calibrate(batches)
+    assert config.init_noise_std == "auto"  # the user's own is not changed
+    std = model.peft_config["default"].init_noise_std
+    assert all(row["mean"] == pytest.approx(std) for row in model.noise_summary())
+    off = sum(nll(model.eval(), batch) for batch in batches) / 2
+    assert f"Noise level {std:.3g} found: loss {off:.4g} -> " in caplog.text
+    assert len(passes) <= 2 * 11 + 2 + 1  # the measuring pass and ten more of two batches, those above, and the probe
+    with model.sampling(seed=0):
+        noisy = sum(nll(model, batch) for batch in batches) / 2
+    assert noisy - off == pytest.approx(0.1, rel=0.05)
+
+
+def test_more_is_wanted_more_is_found():
+    stds = [outlier_model(init_loss_increase=wanted).noise_summary()[0]["mean"] for wanted in (0.02, 0.1, 0.5)]
+    assert stds == sorted(stds) and stds[0] < 0.5 * stds[2]
+
+
+def test_the_level_is_that_of_absolute_noise_too():
+    model = outlier_model(noise_scale="absolute")
+    assert not model.needs_calibration and {row["scale"] for row in model.noise_summary()} == {1.0}
+    with model.eval().sampling(seed=0):
+        noisy = nll(model)
+    assert 0 < noisy - nll(model) < 0.15
+
+
+def test_the_level_takes_one_sample_whatever_the_config():
+    one = outlier_model().peft_config["default"].init_noise_std
+    many = outlier_model(num_samples=4, stability_loss_weight=1.0).peft_config["default"].init_noise_std
+    assert one == many
+
+
+def test_classes_and_other_losses_have_a_level():
+    torch.manual_seed(0)
+    model = build("vit")
+    with torch.no_grad():
+        model.classifier.weight.mul_(100)
+    images = make_batch("vit")
+    images["labels"] = model(**{"pixel_values": images["pixel_values"]}).logits.argmax(-1)
+    model = get_dip_model(model, DipConfig(), calibration=[images])
+    with model.eval().sampling(seed=0):
+        noisy = nll(model, images)
+    assert noisy - nll(model, images) == pytest.approx(0.05, rel=0.05)
+
+
+def test_calibrating_again_keeps_the_variances():
+    model = outlier_model()
+    with torch.no_grad():
+        for logvar in model.logvars():
+            logvar.add_(torch.arange(32.0) / 100)
+    before = [row["mean"] for row in model.noise_summary()]
+    model.calibrate([make_outlier_batch(seed=5)])
+    assert [row["mean"] for row in model.noise_summary()] == before
+
+
+def test_a_number_is_taken_and_warned_of_if_it_costs_more_than_a_nat():
+    with pytest.warns(UserWarning, match=r"raises the loss .* from 0\.\d+ to \d\.\d+, by more than 1 nat"):
+        model = outlier_model(init_noise_std=3.0)
+    assert all(row["mean"] == pytest.approx(3.0) for row in model.noise_summary())
+    outlier_model(init_noise_std=0.1)  # a warning would be an error
+
+
+def test_the_sweep_shows_the_loss_by_site_and_changes_nothing():
+    model = outlier_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = model.train().noise_sweep([make_outlier_batch()], [0.1, 1.0])
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    sites = ["all", *(row["name"] for row in model.noise_summary())]
+    cells = [(site, std) for site in sites for std in (0.1, 1.0)]
+    assert [(row["site"], row["std"]) for row in rows] == [("all", 0.0), *cells]
+    losses = {(row["site"], row["std"]): row["loss"] for row in rows}
+    assert losses["all", 0.0] == pytest.approx(nll(model.eval()), rel=1e-5)
+    for site in sites[1:]:
+        assert losses["all", 0.0] < losses[site, 1.0] < losses["all", 1.0]
+    assert model.noise_sweep([make_outlier_batch()], [1.0], per_site=False) == [rows[0], rows[2]]
+    with pytest.raises(ValueError, match=r"must be positive and finite, got \[0.1, -1\]"):
+        model.noise_sweep([make_outlier_batch()], [0.1, -1])
+    with pytest.raises(ValueError, match="no supervised token"):
+        model.noise_sweep([make_outlier_batch()["input_ids"]], [0.1])
+    with pytest.raises(ValueError, match=r"call model\.calibrate\(batches\) first"):
+        get_dip_model(build("llama"), DipConfig()).noise_sweep([make_batch("llama")], [0.1])
+
+
+# ---- bad input ----
+
+
+def test_what_cannot_be_calibrated_is_named_and_leaves_nothing_behind():
+    batch = make_outlier_batch()
+    unlabelled = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for batches in ([unlabelled], [{**batch, "labels": torch.full_like(batch["labels"], -100)}], [batch["input_ids"]]):
+        model = get_dip_model(build_with_outliers(), DipConfig())
+        with pytest.raises(ValueError, match="hold no supervised token. Give batches with labels, or a number"):
+            model.calibrate(batches)
+        assert model.needs_calibration
+    with pytest.raises(ValueError, match=r"'model\.layers\.0' never ran.*Give at least one batch"):
+        get_dip_model(build("llama"), DipConfig(), calibration=[])
+    with pytest.raises(ValueError, match='noise_scale="absolute" has nothing to calibrate'):
+        get_dip_model(build("llama"), DipConfig(noise_scale="absolute", init_noise_std=0.1), calibration=[batch])
+    with pytest.raises(ValueError, match=r"No noise raises the loss .*predicts nothing yet.*Give a number"):
+        get_dip_model(build("llama"), DipConfig(), calibration=[make_batch("llama")])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_input_that_is_not_finite_is_named(value):
+    model = get_dip_model(build("llama"), DipConfig(init_noise_std=0.1))
+    model.get_base_model().model.embed_tokens.weight.data.fill_(value)
+    with pytest.raises(ValueError, match=r"site 'model\.layers\.0' is not finite"):
+        model.calibrate([make_batch("llama")])
+    assert model.needs_calibration
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    model = get_dip_model(build_with_outliers(), DipConfig())
+    model.get_base_model().lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="loss of the calibration batches is nan without any noise"):
+        model.calibrate([make_outlier_batch()])
+
+
+def test_a_site_whose_channels_are_all_constant_is_named():
+    model = build("llama")
+    model.model.embed_tokens.weight.data.fill_(1.0)
+    with pytest.raises(ValueError, match=r"one value in every channel of the input of site 'model\.layers\.0'"):
+        get_dip_model(model, DipConfig(init_noise_std=0.1), calibration=[make_batch("llama")])
+
+
+def test_a_site_that_never_ran_is_named():
+    model = build_with_outliers()
+    model.model.unused = torch.nn.Linear(32, 32)
+    config = DipConfig(target_modules=["unused", "q_proj"], init_noise_std=0.1)
+    with pytest.raises(ValueError, match=r"Site 'model\.unused' never ran in the calibration"):
+        get_dip_model(model, config, calibration=[make_outlier_batch()])
+
+
+def test_few_tokens_are_warned_of():
+    with pytest.warns(UserWarning, match="calibrated on 31 tokens without padding.*at least 64"):
+        get_dip_model(build_with_outliers(), DipConfig(), calibration=[make_outlier_batch(num_rows=2)])
+
+
+def test_a_failed_calibration_keeps_the_noise_that_was():
+    model = outlier_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def breaks():
+        yield make_outlier_batch(seed=7)
+        raise RuntimeError("the data ended")
+
+    for batches, error in ((breaks(), "the data ended"), ([{"input_ids": torch.zeros(1, 0).long()}], ".")):
+        with pytest.raises((RuntimeError, ValueError), match=error):
+            model.calibrate(batches)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert dip_loss(model.train(), make_outlier_batch()).loss.isfinite()
+
+
+def test_calibration_takes_single_tensors_and_images():
+    model = get_dip_model(build("llama"), DipConfig(init_noise_std=0.1))
+    model.calibrate([make_batch("llama")["input_ids"].repeat(2, 1)])
+    assert not model.needs_calibration
+    vit = get_dip_model(build("vit"), DipConfig(init_noise_std=0.1), calibration=[make_batch("vit", num_rows=16)])
+    assert not vit.needs_calibration
+
+
+def test_noise_before_calibration_names_it():
+    batch = make_batch("llama")
+    for fields in ({}, {"init_noise_std": 0.1}, {"noise_scale": "absolute"}):
+        model = get_dip_model(build("llama"), DipConfig(**fields)).train()
+        message = r"site 'model\.layers\.0' was never calibrated.*Call model\.calibrate\(batches\).*labelled"
+        with pytest.raises(ValueError, match=message):
+            model(**batch)
+        with pytest.raises(ValueError, match=message), model.eval().sampling():
+            model(**batch)
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, build("llama")(**batch).logits)
+    with pytest.raises(ValueError, match=r"initial level, which was never found: call model\.calibrate"):
+        get_dip_model(build("llama"), DipConfig()).prior_loss()
+
+
+# ---- what a pretrained model survives ----
+
+
+def test_the_stand_in_has_a_massive_token_and_outlier_channels():
+    """What is planted is there at every site, and the RMS of a site, the unit of 0.1's noise, is made of it."""
+    model, batch = build_with_outliers(), make_outlier_batch()
+    inputs = site_inputs(model, [f"model.layers.{i}" for i in range(3)], [batch])
+    first = batch["input_ids"][batch["attention_mask"].bool()] == 1
+    for x in inputs.values():
+        norms = x.norm(dim=1)
+        assert norms[first].min() > 50 * norms[~first].median()
+        others = x[~first].abs().median(0).values
+        assert (others[OUTLIER_CHANNELS] > 15 * others.median()).all()
+        assert x[~first][:, OUTLIER_CHANNELS].std(0).max() < 0.1  # constant
+        assert x.square().mean().sqrt() > 50 * channel_scale(x).median()
+        assert channel_scale(x)[MASSIVE_CHANNEL] < 3 * channel_scale(x).median()
+    assert nll(model) < 1.0 < math.log(64)
+
+
+def test_noise_of_the_sites_rms_destroys_the_stand_in_and_the_default_does_not():
+    model = outlier_model().eval()
+    off = nll(model)
+    with model.sampling(seed=3):
+        assert nll(model) - off < 0.15
+    inputs = site_inputs(build_with_outliers(), [f"model.layers.{i}" for i in range(3)], [make_outlier_batch()])
+    for projection in model.base_model._projections:  # as version 0.1 did by default
+        projection.set_noise(inputs[projection.site.name].square().mean().sqrt(), 2 * math.log(0.05))
+    with model.sampling(seed=3):
+        assert nll(model) - off > 2.0
+
+
+@pytest.mark.parametrize("weights", ["full", LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
+def test_training_with_defaults_learns_and_keeps_its_noise(weights, tmp_path):
+    torch.manual_seed(0)
+    batches = [make_outlier_batch(seed=seed) for seed in range(8)]
+    rows = [{name: value[i].tolist() for name, value in batch.items()} for batch in batches for i in range(8)]
+    model = get_dip_model(build_with_outliers(), DipConfig(weights=weights))
+    before = nll(model.eval())
+    trainer = make_trainer(
+        model, rows, tmp_path, DipTrainer, per_device_train_batch_size=8, max_steps=60, learning_rate=3e-3
+    )
+    trainer.train()
+    initial = model.peft_config["default"].init_noise_std
+    stds = torch.cat([torch.exp(logvar.detach() / 2) for logvar in model.logvars()]) / initial
+    assert nll(model.eval(), make_outlier_batch(seed=99)) < 0.8 * before
+    assert 0.2 < stds.min() < stds.max() < 3  # neither collapsed nor run away
+    assert stds.std() > 0.01  # and not where they began
+
+
+def test_an_ensemble_of_the_stand_in_is_the_mean_of_noisy_passes():
+    model, batch = outlier_model().eval(), make_outlier_batch()
+    off = nll(model)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        with model.base_model.trajectories(4, seed=1):
+            each = model(**inputs).logits.log_softmax(-1)
+        with model.ensemble(4, seed=1):
+            mean = model(**inputs).logits.log_softmax(-1)
+            loss = nll(model)
+    assert each.shape == (4, *mean.shape) and each.std(0).max() > 1e-3
+    torch.testing.assert_close(mean, each.logsumexp(0) - math.log(4), atol=1e-4, rtol=1e-4)
+    assert abs(loss - off) < 0.15
+
+
+@pytest.mark.parametrize("granularity", ["channel", "layer"])
+def test_scale_and_level_are_stored(tmp_path, granularity):
+    model, batch = outlier_model(weights="frozen", granularity=granularity), make_outlier_batch()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_with_outliers(), tmp_path)
+    assert not loaded.needs_calibration and loaded.noise_summary() == model.noise_summary()
+    level = model.peft_config["default"].init_noise_std
+    assert loaded.peft_config["default"].init_noise_std == level and isinstance(level, float)
+    assert torch.equal(loaded.prior_loss(), model.prior_loss())
+    with torch.no_grad(), model.eval().sampling(seed=4), loaded.eval().sampling(seed=4):
+        assert torch.equal(model(**batch).logits, loaded(**batch).logits)
+
+
+def test_an_adapter_of_one_scale_per_site_loads_and_means_what_it_meant(tmp_path):
+    """Version 0.1 saved the RMS of the site, a scalar."""
+    model, batch = outlier_model(weights="frozen", init_noise_std=0.05), make_outlier_batch()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    scales = iter([0.5, 1.0, 2.0])
+    tensors = {
+        name: torch.tensor(next(scales)) if "dip_scale" in name else tensor for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    loaded = PeftModel.from_pretrained(build_with_outliers(), tmp_path)
+    for projection, scale in zip(model.base_model._projections, [0.5, 1.0, 2.0], strict=True):
+        projection.set_noise(scale=scale)
+    assert loaded.noise_summary() == model.noise_summary()
+    with torch.no_grad(), model.eval().sampling(seed=4), loaded.eval().sampling(seed=4):
+        assert torch.equal(model(**batch).logits, loaded(**batch).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (
+        PeftModel.from_pretrained(build_with_outliers(), tmp_path / "again").noise_summary() == model.noise_summary()
+    )
