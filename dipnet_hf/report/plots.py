@@ -99,7 +99,7 @@ def plot_noise_level(result_file: str, path: str) -> None:
         if site == "all":
             axes.plot(*points.T, color="black", linewidth=2, label="all sites")
         else:
-            axes.plot(*points.T, color=by_depth.to_rgba(number), linewidth=0.8)
+            axes.plot(*points.T, color=by_depth.to_rgba(np.array(number)), linewidth=0.8)
     figure.colorbar(by_depth, ax=axes, label="one site alone, by its number")
     axes.axhline(off["loss"], color="0.5", linestyle=":", label="noise off")
     axes.axvline(results["level"], color="0.5", linestyle="--", label=f"level {results['level']:.3g}")
