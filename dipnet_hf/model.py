@@ -426,25 +426,30 @@ class DipModel(BaseTuner):
         total = torch.zeros(2, dtype=torch.float64)
         with self.sampling(seed=0) if noise else self.deterministic():
             for batch in batches:
-                total += self._loss_sum(send_to_device(batch, device), plain)
+                total += self._loss_sum(send_to_device(batch, device), plain, num_samples=2 if noise else 1)
         if num_processes() > 1:
             total = total.to(device)
             torch.distributed.all_reduce(total)
         return float(total[0] / total[1]) if total[1] > 0 else None
 
-    def _loss_sum(self, batch: Any, plain: bool) -> torch.Tensor:
-        """A batch's loss, summed over its supervised tokens, and their number; zeros where the model computes none."""
+    def _loss_sum(self, batch: Any, plain: bool, num_samples: int) -> torch.Tensor:
+        """A batch's loss, summed over its supervised tokens, and their number; zeros where the model computes none.
+
+        It is the mean of two noisy samples of opposite sign: the part that is linear in the noise, which is by far the
+        largest and says nothing of its cost, cancels.
+        """
         if isinstance(batch, torch.Tensor):
             self.model(batch)
             return torch.zeros(2)
         labels = batch.get("labels")
         if plain and labels is not None and "shift_labels" not in batch:
-            terms = objective.data_terms(self, batch, num_samples=1)
+            terms = objective.data_terms(self, batch, num_samples)
             return torch.tensor([float(terms.nll), terms.num_tokens])
         if labels is None or "labels" not in inspect.signature(self.model.forward).parameters:
             self.model(**{name: value for name, value in batch.items() if name != "labels"})
             return torch.zeros(2)
-        loss = self.model(**batch).loss
+        with self.sampled_rows(num_samples, antithetic=True):
+            loss = self.model(**objective.expand_batch(batch, num_samples)).loss
         targets = labels[:, 1:] if self.shifts_labels else labels
         num_items = int((targets != objective.IGNORE_INDEX).sum())
         return torch.tensor([float(loss) * num_items, num_items]) if num_items else torch.zeros(2)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dipnet_hf import DipConfig, DipTrainer, DipTrainerMixin, dip_loss, get_dip_model
+from dipnet_hf.trainer import share_level
 from tests.tiny_models import build
 
 
@@ -137,6 +138,31 @@ def test_logvar_has_its_own_group_without_decay(rows, tmp_path):
     assert [group["weight_decay"] for group in others] == [0.5, 0.0]
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_the_channels_of_a_site_learn_their_level_together():
+    channels, alone, idle = (torch.nn.Parameter(torch.zeros(size)) for size in (4, 1, 4))
+    channels.grad, alone.grad = torch.tensor([1.0, 2.0, -1.0, 2.0]), torch.tensor([3.0])
+    share_level([channels, alone, idle])
+    assert torch.equal(channels.grad, torch.tensor([3.0, 4.0, 1.0, 4.0]))  # mean 1, root of 4 is 2
+    assert torch.equal(alone.grad, torch.tensor([3.0])) and idle.grad is None
+
+
+def test_a_step_takes_what_channels_share(rows, tmp_path):
+    model = dip_model(logvar_learning_rate=1.0)
+    before = [logvar.detach().clone() for logvar in model.logvars()]
+    gradients = []
+
+    class Spy(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            gradients.extend(logvar.grad.clone() for logvar in model.logvars())
+
+    trainer = make_trainer(model, rows, tmp_path, optim="sgd", max_steps=1, lr_scheduler_type="constant")
+    trainer.add_callback(Spy())
+    trainer.train()
+    for logvar, start, gradient in zip(model.logvars(), before, gradients, strict=True):
+        step = gradient + gradient.mean() * len(gradient) ** 0.5
+        torch.testing.assert_close(logvar.detach(), start - step)
 
 
 def test_calibrates_from_its_own_data_and_leaves_the_random_state(rows, tmp_path):
