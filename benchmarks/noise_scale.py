@@ -64,7 +64,7 @@ def clipped_rms(x_ND: torch.Tensor, update_ND: torch.Tensor) -> torch.Tensor:
     """The RMS of the distance from the median, clipped at its 0.9 quantile."""
     deviation_ND = (x_ND - x_ND.median(0).values).abs()
     limit_D = deviation_ND.kthvalue(int(len(x_ND) * 0.9), dim=0).values
-    return deviation_ND.minimum(limit_D).square().mean(0).sqrt() / 0.9136  # that of a standard normal
+    return deviation_ND.minimum(limit_D).square().mean(0).sqrt() / 0.9117  # that of a standard normal
 
 
 def update_deviation(x_ND: torch.Tensor, update_ND: torch.Tensor) -> torch.Tensor:
@@ -95,14 +95,14 @@ def main(arguments: list[str] | None = None) -> None:
         overrides = [*sizes, *args.set, f"training.num_train_epochs={args.train}"]
         for name in ("noise off", *args.scales):
             case = {"scale": name, "epochs": args.train, "seed": config.training["seed"]}
-            results.add(case, lambda name=name: train(args.config, overrides, name, scales.get(name)))
+            results.add(case, lambda case=case, name=name: train(args.config, overrides, case, scales.get(name)))
 
 
 def measure_table(config: FinetuneConfig, names: list[str], results: "Results") -> dict[str, list[torch.Tensor]]:
     """Measure the loss before training at every scale and level; returns the scales."""
     model, batches = calibrated_model(config)
     scales = candidate_scales(model, batches)
-    level = model.active_dip_config.init_noise_std
+    level = model.init_noise_std
     results.add({"scale": "noise off", "std": 0.0}, lambda: {"loss": noisy_loss(model, batches, 0.0)})
     results.add({"scale": "default"}, lambda: {"std": level, "loss": noisy_loss(model, batches, level)})
     for name in names:
@@ -124,13 +124,19 @@ class Results:
     def __init__(self, path: Path, config: FinetuneConfig) -> None:
         self._path = path
         self._provenance = provenance(__file__, asdict(config), seed=config.training_arguments().seed)
-        self._rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        self._commit = (self._provenance["git"] or {}).get("commit")
+        self._rows = []
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            if earlier["provenance"]["config"] != self._provenance["config"]:
+                raise ValueError(f"{path} is of another configuration: move it, or give the same --set.")
+            self._provenance, self._rows = earlier["provenance"], earlier["rows"]
 
     def add(self, case: dict, measure: Callable[[], dict]) -> None:
         """Measure a case, unless there is a row of it, and write it down."""
         if any(case.items() <= row.items() for row in self._rows):
             return
-        self._rows.append({**case, **measure()})
+        self._rows.append({**case, **measure(), "commit": self._commit})
         print(self._rows[-1], flush=True)
         self._path.write_text(json.dumps({"provenance": self._provenance, "rows": self._rows}, indent=1) + "\n")
 
@@ -175,11 +181,12 @@ def noisy_loss(model, batches: list[dict], std: float) -> float:
     return rows[-1]["loss"]
 
 
-def train(config: Path, overrides: list[str], name: str, scales: list[torch.Tensor] | None) -> dict:
+def train(config: Path, overrides: list[str], case: dict, scales: list[torch.Tensor] | None) -> dict:
     """Fine-tune at a candidate's scale, or without noise; the level it began at and the NLL after each epoch."""
-    folder = Path("runs") / "noise_scale" / config.stem / name.replace(" ", "_")
-    evaluation = ["training.eval_strategy=epoch", "evaluation.tasks=[]", f"training.output_dir={folder}"]
-    overrides = [*overrides, *evaluation, *(["dip=null"] if scales is None else [])]
+    name = "-".join(str(value).replace(" ", "_") for value in case.values())
+    folder = Path("runs") / "noise_scale" / config.stem / name
+    evaluation = ["training.eval_strategy=epoch", "evaluation.tasks=[]", "evaluation.num_samples=null"]
+    overrides = [*overrides, *evaluation, f"training.output_dir={folder}", *(["dip=null"] if scales is None else [])]
     if not (folder / "results.json").exists():
         with mock.patch.object(ScaleMeter, "scales", lambda self: scales):
             finetune.main([str(config), "--set", *overrides])

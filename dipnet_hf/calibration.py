@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from .config import DipConfig
-from .projection import DipProjection
+from .projection import DipProjection, Site
 
 MeanLoss = Callable[..., float | None]  # of `(batches, noise)`
+
+IGNORE_INDEX = -100
 
 _logger = logging.getLogger(__name__)
 
@@ -35,9 +37,9 @@ _WIDTH_OF_50, _WIDTH_OF_90 = (
 )  # standard deviations within which 50% and 90% of a normal distribution lie
 _FLOOR = 0.01  # of the site's typical scale; the smallest in SmolLM2-135M is 0.36 of it, in Gemma 3 270M 0.034
 
-_LOWEST_STD, _HIGHEST_STD = 1e-3, 8.0
-_MAX_PASSES = 10
-_TOLERANCE = 0.05  # of the wanted increase
+_FIRST_STD = 0.1
+_MAX_TRIALS = 5  # of two passes each
+_CLOSE, _CLOSE_ENOUGH = 0.1, 0.9  # how far from the wanted increase the search ends, and may end at worst
 _HIGH_INCREASE = 1.0  # nats per supervised token, from which a given level is warned of
 
 
@@ -69,13 +71,13 @@ class ScaleMeter:
         self._projections = projections
         self._samples = [TokenSample(math.ceil(num_tokens / num_processes())) for _ in projections]
         self._watching = False
-        self._token_mask: torch.Tensor | None = None
+        self._masks: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Look at what enters the sites while batches are watched."""
         for projection, sample in zip(self._projections, self._samples, strict=True):
-            projection.observer = partial(self._observe, sample, projection.site.channel_dim)
+            projection.observer = partial(self._observe, projection.site, sample)
         try:
             yield
         finally:
@@ -85,23 +87,27 @@ class ScaleMeter:
     def watch(self, batches: Iterable) -> Iterator[Any]:
         """Pass the batches on, and note which tokens of each are padding."""
         for batch in batches:
-            self._token_mask, self._watching = self._mask_of(batch), True
+            self._masks, self._watching = _masks_of(batch), True
             yield batch
             self._watching = False
 
-    def _mask_of(self, batch: Any) -> torch.Tensor | None:
-        if not isinstance(batch, Mapping):
-            return None
-        mask = batch.get("attention_mask")
-        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
-            mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-            if mask is None and isinstance(labels, torch.Tensor):
-                mask = labels != -100
-        return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    def _observe(self, site: Site, sample: "TokenSample", x: torch.Tensor) -> None:
+        if not self._watching:
+            return
+        if x.shape[site.channel_dim] != site.num_channels:
+            raise ValueError(
+                f"Site '{site.name}' should have {site.num_channels} channels along dimension {site.channel_dim}, and "
+                f"its input has the shape {tuple(x.shape)}. Name another module as the site."
+            )
+        sample.add(tokens_of(x, site.channel_dim, self._masks_for(site)))
 
-    def _observe(self, sample: "TokenSample", channel_dim: int, x: torch.Tensor) -> None:
-        if self._watching:
-            sample.add(tokens_of(x, channel_dim, self._token_mask))
+    def _masks_for(self, site: Site) -> list[torch.Tensor]:
+        """The masks that a site's tokens may have: in a decoder its own, then the encoder's, for what it reads."""
+        names = ["attention_mask"]
+        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            inside = any(module is self._model.get_encoder() for module in _hosts(self._model, site.name))
+            names = ["attention_mask"] if inside else ["decoder_attention_mask", "labels", "attention_mask"]
+        return [self._masks[name] for name in names if name in self._masks]
 
     def scales(self) -> list[torch.Tensor]:
         """The sites' scales, float32 of shape `(D,)` each, the same on every process.
@@ -171,26 +177,26 @@ class TokenSample:
         return torch.cat([tokens[: int(count)] for tokens, count in zip(gathered, counts, strict=True)])
 
 
-def tokens_of(x: torch.Tensor, channel_dim: int, mask_BL: torch.Tensor | None) -> torch.Tensor:
+def tokens_of(x: torch.Tensor, channel_dim: int, masks: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """Lay out a site's input as tokens of shape `(N, D)`, without those that are padding.
 
     Args:
-        x (`torch.Tensor`): rows and length may be any two neighbouring dimensions before the channels, in either order
-            (XLNet has the length first, Gemma 3n its streams), or one, as for an expert's input.
+        x (`torch.Tensor`): rows and length may be any two dimensions that are neighbours without the channels, in
+            either order (XLNet has the length first, Gemma 3n its streams), or one, as for an expert's input.
         channel_dim (`int`): the channels' dimension.
-        mask_BL (`torch.Tensor`, *optional*): of shape `(B, L)`, 0 for padding. An input of other rows, such as an
-            image's patches, has no padding.
+        masks (`Sequence[torch.Tensor]`): of shape `(B, L)`, 0 for padding; the first that fits is taken. An input of
+            other rows, such as an image's patches, has no padding.
     """
-    if mask_BL is not None:
-        mask = mask_BL.to(x.device).bool()
-        if x.dim() == 2 and len(x) == mask.numel():
-            x = x[mask.flatten()]
+    x = x.movedim(channel_dim, -1)
+    for mask_BL in masks:
+        mask_BL = mask_BL.to(x.device).bool()
+        if x.dim() == 2 and len(x) == mask_BL.numel():
+            return x[mask_BL.flatten()]
         for dim in range(x.dim() - 2):
-            layout = next((m for m in (mask, mask.T) if m.shape == x.shape[dim : dim + 2]), None)
-            if layout is not None:
-                x = x.movedim((dim, dim + 1), (0, 1))[layout]
-                break
-    return x.movedim(channel_dim, -1).flatten(0, -2)
+            for mask in (mask_BL, mask_BL.T):
+                if mask.shape == x.shape[dim : dim + 2]:
+                    return x.movedim((dim, dim + 1), (0, 1))[mask].flatten(0, -2)
+    return x.flatten(0, -2)
 
 
 def channel_scale(tokens_ND: torch.Tensor) -> torch.Tensor:
@@ -200,13 +206,17 @@ def channel_scale(tokens_ND: torch.Tensor) -> torch.Tensor:
     median. A channel that hardly changes gets 0.01 of the site's typical scale, the median over the channels that do
     change. Zeros if none does.
     """
-    deviations_ND = (tokens_ND - tokens_ND.median(0).values).abs()
-    scale_D = deviations_ND.median(0).values / _WIDTH_OF_50
+    deviations_ND = (tokens_ND - _quantile(tokens_ND, 0.5)).abs()
+    scale_D = _quantile(deviations_ND, 0.5) / _WIDTH_OF_50
     if (sparse := scale_D == 0).any():
-        quantile = deviations_ND[:, sparse].kthvalue(math.ceil(0.9 * len(tokens_ND)), dim=0).values
-        scale_D[sparse] = quantile / _WIDTH_OF_90
+        scale_D[sparse] = _quantile(deviations_ND[:, sparse], 0.9) / _WIDTH_OF_90
     changing = scale_D[scale_D > 0]
-    return scale_D.clamp(min=_FLOOR * changing.median()) if len(changing) else scale_D
+    return scale_D.clamp(min=_FLOOR * _quantile(changing, 0.5)) if len(changing) else scale_D
+
+
+def _quantile(values_ND: torch.Tensor, part: float) -> torch.Tensor:
+    """The lower quantile over the tokens, by sorting: CUDA's `median` and `kthvalue` are not deterministic."""
+    return values_ND.sort(dim=0).values[math.ceil(part * len(values_ND)) - 1]
 
 
 def _check_tokens(name: str, tokens_ND: torch.Tensor) -> None:
@@ -223,10 +233,13 @@ def _check_tokens(name: str, tokens_ND: torch.Tensor) -> None:
 
 
 def find_std(loss_at: Callable[[float], float], loss: float, increase: float) -> tuple[float, float]:
-    """Find, by bisection on its logarithm, the noise std at which the loss has risen by `increase`, within 5% of it.
+    """Find the noise std at which the loss has risen by `increase`, within a tenth of it if five trials allow that.
+
+    As the loss rises about with the variance, the next variance is where a straight line between the trials below and
+    above reaches `increase` (regula falsi with the Illinois rule).
 
     Args:
-        loss_at (`Callable`): std to loss, the same draws every time; it is called at most ten times.
+        loss_at (`Callable`): std to loss, the same draws every time; it is called at most five times.
         loss (`float`): without noise.
         increase (`float`): positive.
 
@@ -234,34 +247,48 @@ def find_std(loss_at: Callable[[float], float], loss: float, increase: float) ->
         `tuple[float, float]`: the std, and the loss at it.
 
     Raises:
-        ValueError: no std between 0.001 and 8 does it.
+        ValueError: no std that was tried raises the loss by between a tenth of that and nearly twice as much.
     """
-    low, high = math.log(_LOWEST_STD), math.log(_HIGHEST_STD)
-    tried: list[tuple[float, float]] = []
-    for _ in range(_MAX_PASSES):
-        std = math.exp((low + high) / 2)
-        tried.append((std, loss_at(std)))
-        risen = tried[-1][1] - loss
-        if abs(risen - increase) <= _TOLERANCE * increase:
-            return tried[-1]
-        if risen < increase:
-            low = math.log(std)
-        else:  # NaN too: noise that a dtype cannot hold is too much
-            high = math.log(std)
-    if low == math.log(_LOWEST_STD) or high == math.log(_HIGHEST_STD):
-        raise ValueError(
-            f"No noise raises the loss of the calibration batches, {loss:.4g}, by init_loss_increase={increase:.4g}: "
-            f"at a std of {tried[-1][0]:.4g} it is {tried[-1][1]:.4g}. A model that predicts nothing yet does not "
-            "feel noise, nor does one whose sites lead nowhere. Give a number, such as init_noise_std=0.1."
-        )
-    finite = [pair for pair in tried if math.isfinite(pair[1])]
-    return min(finite, key=lambda pair: abs(pair[1] - loss - increase))
+    std, trials = _FIRST_STD, []
+    low, high = (0.0, -increase), (math.inf, math.nan)  # variance, and what the loss has risen too much
+    was_low = None
+    for _ in range(_MAX_TRIALS):
+        trials.append((std, loss_at(std)))
+        excess = trials[-1][1] - loss - increase
+        if abs(excess) <= _CLOSE * increase:
+            return trials[-1]
+        is_low = excess < 0  # NaN and infinity are not: noise that a dtype cannot hold is too much
+        if is_low:
+            low, high = (std**2, excess), (high[0], high[1] / 2 if was_low else high[1])
+        else:
+            low, high = (low[0], low[1] / 2 if was_low is False else low[1]), (std**2, excess)
+        std, was_low = math.sqrt(_next_variance(low, high, increase)), is_low
+    closest = min(trials, key=lambda trial: abs(trial[1] - loss - increase) if math.isfinite(trial[1]) else math.inf)
+    if abs(closest[1] - loss - increase) <= _CLOSE_ENOUGH * increase:
+        return closest
+    tried = ", ".join(f"{noisy_loss:.4g} at {std:.3g}" for std, noisy_loss in sorted(trials))
+    raise ValueError(
+        f"No noise was found that raises the loss of the calibration batches, {loss:.4g}, by "
+        f"init_loss_increase={increase:.4g}; tried {tried}. A model that predicts nothing yet does not feel noise, "
+        "nor does one whose sites lead nowhere, and float16 may not hold it. Give a number, such as "
+        "init_noise_std=0.1."
+    )
+
+
+def _next_variance(low: tuple[float, float], high: tuple[float, float], increase: float) -> float:
+    if math.isinf(high[0]):  # nothing was too much yet
+        return 16 * low[0]
+    if not math.isfinite(high[1]):
+        return math.sqrt(max(low[0], high[0] / 4096) * high[0])
+    if low[0] == 0.0:  # everything was: faster than a straight line from zero, as the loss rises ever faster
+        return high[0] * (increase / (high[1] + increase)) ** 0.75
+    return low[0] + (high[0] - low[0]) * low[1] / (low[1] - high[1])
 
 
 def calibrate(
     model: nn.Module, config: DipConfig, projections: list[DipProjection], batches: list, mean_loss: MeanLoss
 ) -> None:
-    """Set the scale of the sites and, with `init_noise_std="auto"`, their variances and `config.init_noise_std`.
+    """Set the scale of the sites and, where it is to be found, the std at which their variances begin.
 
     See `DipModel.calibrate`. A level that was given as a number is tried, and warned of if it costs more than a nat.
 
@@ -272,12 +299,12 @@ def calibrate(
         batches (`list`): model inputs.
         mean_loss (`Callable`): `(batches, noise)` to the mean loss with noise off or on, None where there is none.
     """
-    finds_level = config.init_noise_std == "auto"
-    if config.noise_scale == "absolute" and not finds_level:
+    if config.noise_scale == "absolute" and config.init_noise_std != "auto":
         raise ValueError(
             'noise_scale="absolute" has nothing to calibrate: its scale is 1, and init_noise_std was given.'
         )
-    before = _noise_of(projections)
+    finds_level = any(not projection.level_is_known for projection in projections)
+    before = [projection.noise_state() for projection in projections]
     try:
         with evaluating(model):
             meter = ScaleMeter(model, projections)
@@ -286,48 +313,61 @@ def calibrate(
             scales = meter.scales() if config.noise_scale == "relative" else [torch.ones(())] * len(projections)
             for projection, scale in zip(projections, scales, strict=True):
                 projection.set_noise(scale=scale)
+            if loss is not None and not math.isfinite(loss):
+                raise ValueError(
+                    f"The loss of the calibration batches is {loss} without any noise. Check the batches, and the "
+                    "model's output on them, for NaN and infinity."
+                )
             if finds_level:
-                config.init_noise_std = _find_level(projections, batches, mean_loss, loss, config.init_loss_increase)
+                _find_level(projections, batches, mean_loss, loss, config.init_loss_increase)
             elif loss is not None and config.init_noise_std:
-                _warn_of_high_level(loss, mean_loss(batches, noise=True))
+                _warn_of_high_level(loss, _noisy_loss(projections, batches, mean_loss))
     except BaseException:
-        _set_noise(projections, before)
+        for projection, state in zip(projections, before, strict=True):
+            projection.restore_noise(state)
         raise
 
 
 def _find_level(
     projections: list[DipProjection], batches: list, mean_loss: MeanLoss, loss: float | None, increase: float
-) -> float:
+) -> None:
     if loss is None:
         raise ValueError(
             'init_noise_std="auto" finds the level of the noise by the loss of the calibration batches, and they hold '
             "no supervised token. Give batches with labels, or a number, such as init_noise_std=0.1."
         )
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"The loss of the calibration batches is {loss} without any noise, so no level can be found by it. Check "
-            "the batches and the model's dtype, or give a number, such as init_noise_std=0.1."
-        )
 
     def loss_at(std: float) -> float:
         for projection in projections:
-            projection.set_noise(logvar=2 * math.log(std))
-        return _known(mean_loss(batches, noise=True))
+            projection.set_noise(std=std)
+        return _noisy_loss(projections, batches, mean_loss)
 
     std, noisy_loss = find_std(loss_at, loss, increase)
     for projection in projections:
-        projection.set_noise(logvar=2 * math.log(std))
+        projection.set_noise(std=std)
     _logger.info("Noise level %.3g found: loss %.4g -> %.4g", std, loss, noisy_loss)
-    return std
 
 
-def _warn_of_high_level(loss: float, noisy_loss: float | None) -> None:
-    if not _known(noisy_loss) - loss <= _HIGH_INCREASE:
+def _noisy_loss(projections: list[DipProjection], batches: list, mean_loss: MeanLoss) -> float:
+    """The loss with noise, the mean of two passes of opposite noise.
+
+    What is linear in the noise cancels. It is the largest part by far, and says nothing of what noise costs.
+    """
+    losses = []
+    for _ in range(2):
+        losses.append(mean_loss(batches, noise=True))
+        for projection in projections:
+            projection.set_noise(scale=-projection.scale)
+    return sum(map(_known, losses)) / 2
+
+
+def _warn_of_high_level(loss: float, noisy_loss: float) -> None:
+    if not noisy_loss - loss <= _HIGH_INCREASE:
         warnings.warn(
             f"The noise raises the loss of the calibration batches from {loss:.4g} to {noisy_loss:.4g}, by more than "
             f"{_HIGH_INCREASE:g} nat per token, and training will have to repair that first. "
             'init_noise_std="auto" finds a level that the model survives.',
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -342,7 +382,7 @@ def noise_sweep(
     """Measure the loss at each of `stds`, with noise at all sites and at each alone; see `DipModel.noise_sweep`."""
     if not all(math.isfinite(std) and std > 0 for std in stds):
         raise ValueError(f"The stds of a sweep must be positive and finite, got {list(stds)}.")
-    before = _noise_of(projections)
+    before = [projection.noise_state() for projection in projections]
     try:
         with evaluating(model):
             loss = mean_loss(batches, noise=False)
@@ -351,29 +391,39 @@ def noise_sweep(
             rows: list[dict[str, Any]] = [{"site": "all", "std": 0.0, "loss": loss}]
             for noisy in [projections, *([projection] for projection in projections if per_site)]:
                 site = "all" if noisy is projections else noisy[0].site.name
-                for projection, (scale, _) in zip(projections, before, strict=True):
-                    projection.set_noise(scale=scale if projection in noisy else 0.0)
+                for projection, state in zip(projections, before, strict=True):
+                    projection.restore_noise(state)
+                    if projection not in noisy:
+                        projection.set_noise(scale=torch.zeros(()))
                 for std in stds:
                     for projection in noisy:
-                        projection.set_noise(logvar=2 * math.log(std))
-                    rows.append({"site": site, "std": std, "loss": mean_loss(batches, noise=True)})
+                        projection.set_noise(std=std)
+                    rows.append({"site": site, "std": std, "loss": _noisy_loss(projections, batches, mean_loss)})
     finally:
-        _set_noise(projections, before)
+        for projection, state in zip(projections, before, strict=True):
+            projection.restore_noise(state)
     return rows
-
-
-def _noise_of(projections: list[DipProjection]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(projection.scale.clone(), projection.logvar.detach().clone()) for projection in projections]
-
-
-def _set_noise(projections: list[DipProjection], noise: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for projection, (scale, logvar) in zip(projections, noise, strict=True):
-        projection.set_noise(scale, logvar)
 
 
 def _known(loss: float | None) -> float:
     assert loss is not None  # batches that had a loss without noise have one with it
     return loss
+
+
+def _masks_of(batch: Any) -> dict[str, torch.Tensor]:
+    """Which tokens of a batch count, by the entry that tells it."""
+    if not isinstance(batch, Mapping):
+        return {}
+    masks = {name: batch.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+    if isinstance(batch.get("labels"), torch.Tensor):
+        masks["labels"] = batch["labels"] != IGNORE_INDEX
+    return {name: mask for name, mask in masks.items() if isinstance(mask, torch.Tensor) and mask.dim() == 2}
+
+
+def _hosts(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that contain the one called `name`, from the outside in."""
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
 
 
 def num_processes() -> int:

@@ -64,9 +64,7 @@ def _section(folder, config: dict[str, Any], training_data: str | None, metrics:
         f"- Sites: `{sites}`, layers `{'all' if layers is None else layers}`, "
         f"one variance per {config['granularity']}",
         f"- Noise: {config['noise_scale']}, initial standard deviation {config['init_noise_std']}",
-        f"- Objective: {config['num_samples']} noise sample(s) per step, prior of standard deviation "
-        f"{config['prior_std'] or 'as the initial one'} and weight {config['prior_weight']} "
-        f"({config['prior_reduction']}), "
+        f"- Objective: {config['num_samples']} noise sample(s) per step, {_prior(config)}, "
         f"stability weight {config['stability_loss_weight']:.6g} on {config['stability_target']}",
         f"- Training data: {training_data or 'not recorded'}",
     ]
@@ -84,6 +82,13 @@ def _section(folder, config: dict[str, Any], training_data: str | None, metrics:
         std, scale = row["std"], statistics.median_low(row["scale"])
         lines.append(f"| {name} | {scale:.4g} | {sum(std) / len(std):.4g} | {min(std):.4g} | {max(std):.4g} |")
     return "\n".join([*lines, "", f"Written by dipnet_hf {config['dipnet_hf_version']}."])
+
+
+def _prior(config: dict[str, Any]) -> str:
+    if "alpha" in config:  # of version 0.1
+        return f"prior alpha {config['alpha']:.6g}, beta {config['beta']:.6g} ({config['prior_reduction']})"
+    std = "the initial standard deviation" if config["prior_std"] is None else f"{config['prior_std']:.6g}"
+    return f"prior of weight {config['prior_weight']:.6g} ({config['prior_reduction']}) around {std}"
 
 
 def read_noise(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:

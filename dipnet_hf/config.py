@@ -36,7 +36,7 @@ class DipConfig(PeftConfig):
         noise_scale (`str`): `"relative"` to the spread of each channel of a site's input, which `calibrate` measures,
             or `"absolute"`, the paper's form.
         init_noise_std (`float` or `str`): the noise's initial standard deviation, in units of the scale; or `"auto"`:
-            `calibrate` finds the one that raises the loss of its batches by `init_loss_increase`, and writes it here.
+            `calibrate` finds the one that raises the loss of its batches by `init_loss_increase`.
         init_loss_increase (`float`): how much, in nats per supervised token, for `init_noise_std="auto"`.
         logvar_learning_rate (`float`): the learning rate of the log-variances; they are never weight-decayed.
         num_samples (`int`): S of eq. (2), noise samples a training step.
@@ -45,9 +45,10 @@ class DipConfig(PeftConfig):
             label; the answers are copied behind it. For causal language models with eager or sdpa attention and
             independent samples, in `dip_loss` and `DipTrainer`.
         prior_std (`float`, *optional*): the standard deviation of the prior of eq. (3), in units of the scale; by
-            default `init_noise_std`. The larger it is, the further the variances may grow.
-        prior_weight (`float`): how many nats per token the prior may cost: eq. (3) is this weight times the mean KL
-            divergence from the prior. At its optimum, noise raises the loss by less than half of it.
+            default the one at which the variances began. They settle below it.
+        prior_weight (`float`): eq. (3) is this weight, in nats per token, times the KL divergence of the noise from
+            the prior, up to a constant. Where the loss rises in proportion to the variances, noise costs less than
+            half of it at the optimum (with the `"mean"` reduction).
         prior_reduction (`str`): eq. (3) as the `"mean"` over all sites and channels, or the `"sum"` of the paper.
         stability_loss_weight (`float`): weight of eq. (4); needs `num_samples >= 2`.
         stability_target (`str`): f of eq. (4): the target's `"log_prob"`, or the `"logits"`.

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import inspect
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,7 +35,7 @@ from .weights import (
     export_weights,
     inject_weights,
     tuner_of,
-    widen_scales,
+    upgrade_noise,
 )
 
 
@@ -381,8 +383,8 @@ class DipModel(BaseTuner):
 
         A channel's scale is 1.4826 times the median absolute deviation of the site's input over a random sample of up
         to 512 tokens, without noise, dropout and padding. The level is the std whose noise raises the mean loss of
-        these batches by `init_loss_increase`; it is found in at most ten more passes and written to
-        `config.init_noise_std`. An adapter that is calibrated again keeps its variances.
+        these batches by `init_loss_increase`; it is found in at most ten more passes. An adapter that is calibrated
+        again keeps its variances.
 
         Args:
             batches (`Iterable`): model inputs with `labels` (a number as `init_noise_std` needs none): mappings, or
@@ -390,74 +392,98 @@ class DipModel(BaseTuner):
                 call this.
 
         Raises:
-            ValueError: there is no batch, a site never ran, its input is not finite or all its channels are constant;
-                with `"auto"`, there are no labels, or the loss is not finite or cannot be raised. The adapter is then
-                as it was before.
+            ValueError: noise is disabled or in an ensemble; there is no batch, a site never ran, its input is not
+                finite or of another width, or all its channels are constant; the loss is not finite; with `"auto"`,
+                there are no labels, or no noise raises the loss so far. The adapter is then as it was before.
         """
-        calibrate(self.model, self.active_dip_config, self._active_projections(), list(batches), self._mean_loss)
+        self._check_calibration()
+        batches = list(batches)
+        mean_loss = functools.partial(self._mean_loss, plain=self._is_plain(batches))
+        calibrate(self.model, self.active_dip_config, self._active_projections(), batches, mean_loss)
 
     def noise_sweep(self, batches: Iterable, stds: Sequence[float], per_site: bool = True) -> list[dict[str, Any]]:
         """Measure the loss by the level of the noise, at all sites together and at each alone; nothing is changed.
 
         Args:
-            batches (`Iterable`): as for `calibrate`, with `labels`; one pass over them per site and std.
-            stds (`Sequence[float]`): in units of the scale, which is known from `calibrate`.
-            per_site (`bool`): at each alone too.
+            batches (`Iterable`): as for `calibrate`, with `labels`; two passes over them per site and std. Each
+                process must call this.
+            stds (`Sequence[float]`): positive, in units of the scale, which is known from `calibrate`.
+            per_site (`bool`): at each site alone too.
 
         Returns:
             `list[dict]`: rows of `site` (its name, or `"all"`), `std` and `loss`, in nats per supervised token. The
             first has `std` 0.
 
         Raises:
-            ValueError: the model is not calibrated, there are no labels, or a std is negative.
+            ValueError: the model is not calibrated, noise is disabled or in an ensemble, there are no labels, or a std
+                is not positive and finite.
         """
+        self._check_calibration()
         if self.needs_calibration:
             raise ValueError("noise_sweep needs the scale of the noise: call model.calibrate(batches) first.")
-        return noise_sweep(self.model, self._active_projections(), list(batches), stds, per_site, self._mean_loss)
+        batches = list(batches)
+        mean_loss = functools.partial(self._mean_loss, plain=self._is_plain(batches))
+        return noise_sweep(self.model, self._active_projections(), batches, stds, per_site, mean_loss)
 
-    def _mean_loss(self, batches: Iterable, noise: bool) -> float | None:
-        """The model's loss per supervised token over the batches of all processes, with the same noise at every call.
+    def _check_calibration(self) -> None:
+        projections = self._active_projections()
+        if not projections or projections[0].disable_adapters:
+            raise ValueError(
+                "Noise is disabled, so it cannot be measured: leave disable_adapter(), or set an adapter."
+            )
+        if self._ensemble is not None:
+            raise ValueError("This model is in an ensemble, whose seed decides its noise: leave it first.")
 
-        None where no batch has one.
+    def _is_plain(self, batches: list) -> bool:
+        """Whether the loss of these batches can be had without logits; not to be asked while sites are observed."""
+        has_labels = any(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches)
+        return has_labels and self.has_plain_loss
+
+    def _mean_loss(self, batches: Iterable, noise: bool, plain: bool) -> float | None:
+        """The model's loss per supervised token over the batches of all processes, None where no batch has one.
+
+        The noise of a process is the same at every call.
         """
         device = next(self.model.parameters()).device
-        with self.deterministic():
-            plain = self.has_plain_loss  # before a batch runs, as it may take a pass of its own
         total = torch.zeros(2, dtype=torch.float64)
         with self.sampling(seed=0) if noise else self.deterministic():
             for batch in batches:
-                total += self._loss_sum(send_to_device(batch, device), plain, num_samples=2 if noise else 1)
+                total += self._loss_sum(send_to_device(batch, device), plain)
         if num_processes() > 1:
             total = total.to(device)
             torch.distributed.all_reduce(total)
         return float(total[0] / total[1]) if total[1] > 0 else None
 
-    def _loss_sum(self, batch: Any, plain: bool, num_samples: int) -> torch.Tensor:
-        """A batch's loss, summed over its supervised tokens, and their number; zeros where the model computes none.
-
-        It is the mean of two noisy samples of opposite sign: the part that is linear in the noise, which is by far the
-        largest and says nothing of its cost, cancels.
-        """
+    def _loss_sum(self, batch: Any, plain: bool) -> torch.Tensor:
+        """A batch's loss, summed over its supervised tokens, and their number; zeros where the model computes none."""
         if isinstance(batch, torch.Tensor):
             self.model(batch)
             return torch.zeros(2)
         labels = batch.get("labels")
-        if plain and labels is not None and "shift_labels" not in batch:
-            terms = objective.data_terms(self, batch, num_samples)
-            return torch.tensor([float(terms.nll), terms.num_tokens])
         if labels is None or "labels" not in inspect.signature(self.model.forward).parameters:
-            self.model(**{name: value for name, value in batch.items() if name != "labels"})
-            return torch.zeros(2)
-        with self.sampled_rows(num_samples, antithetic=True):
-            loss = self.model(**objective.expand_batch(batch, num_samples)).loss
+            outputs = self.model(**{name: value for name, value in batch.items() if name != "labels"})
+            loss = getattr(outputs, "loss", None)  # of labels by other names
+            return torch.zeros(2) if loss is None else torch.tensor([float(loss), 1.0])
+        if plain and "shift_labels" not in batch:
+            terms = objective.data_terms(self, batch, num_samples=1)
+            return torch.tensor([float(terms.nll), terms.num_tokens])
+        loss = getattr(self.model(**batch), "loss", None)
         targets = labels[:, 1:] if self.shifts_labels else labels
-        num_items = int((targets != objective.IGNORE_INDEX).sum())
-        return torch.tensor([float(loss) * num_items, num_items]) if num_items else torch.zeros(2)
+        num_items = (
+            int((targets != objective.IGNORE_INDEX).sum()) if isinstance(targets, torch.Tensor) else len(targets)
+        )
+        return torch.zeros(2) if loss is None or not num_items else torch.tensor([float(loss) * num_items, num_items])
 
     @property
     def needs_calibration(self) -> bool:
         """Whether noise cannot be drawn yet because its scale or level was not found."""
         return not all(projection.calibrated for projection in self._active_projections())
+
+    @property
+    def init_noise_std(self) -> float | None:
+        """The std at which the active adapter's variances began, in units of the scale; None until it is known."""
+        std = self._active_projections()[0].init_std
+        return None if math.isnan(std) else std
 
     def noise_summary(self) -> list[dict[str, Any]]:
         """List one row per site: `name`, `scale`, and the `mean`, `min` and `max` of the noise's std over channels.
@@ -493,8 +519,8 @@ class DipModel(BaseTuner):
             ValueError: the prior is around a level that calibration has not found yet.
         """
         config = self.active_dip_config
-        prior_std = config.init_noise_std if config.prior_std is None else config.prior_std
-        if isinstance(prior_std, str):
+        prior_std = self.init_noise_std if config.prior_std is None else config.prior_std
+        if prior_std is None:
             raise ValueError(
                 "The prior is around the noise's initial level, which was never found: call model.calibrate(batches) "
                 "first (DipTrainer does it by itself), or give a number as init_noise_std or prior_std."
@@ -529,7 +555,7 @@ class DipModel(BaseTuner):
             remapped = tuner_of(config.weights)._remap_adapter_state_dict_for_load(
                 model=model, config=config.weights, adapter_name=adapter_name, state_dict=state_dict
             )
-        widen_scales(model, adapter_name, remapped)
+        upgrade_noise(model, config, adapter_name, remapped)
         check_fits(model, config, adapter_name, remapped)
         if config.weights == "full":
             # In place: with `low_cpu_mem_usage` PEFT puts new parameters into the model, which tears tied ones apart.

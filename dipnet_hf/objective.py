@@ -160,8 +160,7 @@ def data_terms(model: torch.nn.Module, batch: dict[str, Any], num_samples: int |
     Args:
         model (`torch.nn.Module`): from `get_dip_model`, also wrapped.
         batch (`dict`): model inputs with `labels`.
-        num_samples (`int`, *optional*): S of eq. (2) alone, in pairs; by default what the active adapter's config says
-            of both terms.
+        num_samples (`int`, *optional*): S of eq. (2) alone; by default what the active adapter's config says of both.
 
     Raises:
         ValueError: a row cannot be repeated, see `expand_batch`, or its prompt not shared, see `shared_prompt`.
@@ -169,9 +168,8 @@ def data_terms(model: torch.nn.Module, batch: dict[str, Any], num_samples: int |
     tuner = extract_model_from_parallel(model, keep_torch_compile=False)
     config, shift = tuner.active_dip_config, tuner.shifts_labels
     samples, weight, target = config.num_samples, config.stability_loss_weight, config.stability_target
-    antithetic = config.antithetic
     if num_samples is not None:
-        samples, weight, antithetic = num_samples, 0.0, True
+        samples, weight = num_samples, 0.0
     sample_BW = None
     if config.shared_prompt_noise and num_samples is None:
         inputs, sample_BW = tuner.share_prompts(batch, samples)
@@ -184,7 +182,7 @@ def data_terms(model: torch.nn.Module, batch: dict[str, Any], num_samples: int |
             inputs["use_cache"] = False  # with a cache transformers does not look for several sequences in a row
     taken = None
     num_copies = samples if sample_BW is None else 1  # of the rows
-    with tuner.sampled_rows(num_copies, antithetic):
+    with tuner.sampled_rows(num_copies, config.antithetic):
         if shift:
             with tuner.hidden_states_taken(labels.shape) as head_inputs:
                 outputs = model(**inputs)

@@ -4,6 +4,7 @@ A pre-hook that replaces the layer's input leaves module names, weight keys and 
 wrapping the layer would not.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,12 +113,13 @@ class SiteUse:
 class DipProjection(nn.Module, BaseTunerLayer):
     """Projects one site's input to a learnable Gaussian, eq. (1).
 
-    Every adapter has a `dip_logvar` (float32, whatever the model's dtype: small steps of it vanish in bfloat16) and a
-    `dip_scale`, one value per channel of the site. Both are NaN as long as calibration has to find them.
+    Every adapter has a `dip_logvar` (float32, whatever the model's dtype: small steps of it vanish in bfloat16), a
+    `dip_scale`, one value per channel of the site, and `dip_init_std`, the standard deviation at which its variances
+    began. They are NaN as long as calibration has to find them.
     """
 
     adapter_layer_names = ("dip_logvar",)
-    other_param_names = ("dip_scale",)
+    other_param_names = ("dip_scale", "dip_init_std")
 
     def __init__(self, site: Site, switch: NoiseSwitch, memory: DrawMemory) -> None:
         super().__init__()
@@ -126,7 +128,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
         self.memory = memory
         self.dip_logvar = nn.ParameterDict()
         self.dip_scale = BufferDict({}, persistent=True)
-        self._calibrated: dict[str, bool] = {}
+        self.dip_init_std = BufferDict({}, persistent=True)
+        self._init_stds: dict[str, float] = {}  # NaN where an adapter is not calibrated
         self._use = SiteUse()  # not attributes of the module, which are slow to set
         self.observer: Callable[[torch.Tensor], None] | None = None  # is shown the site's inputs by calibration
         self.register_load_state_dict_post_hook(_note_calibration)
@@ -143,6 +146,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
         )
         self.dip_logvar[adapter_name] = nn.Parameter(logvar)
         self.dip_scale[adapter_name] = scale
+        self.dip_init_std[adapter_name] = std
         self.note_calibration()
 
     def attach(self, module: nn.Module) -> None:
@@ -184,9 +188,19 @@ class DipProjection(nn.Module, BaseTunerLayer):
         return self.dip_scale[str(self.adapter)]
 
     @property
+    def init_std(self) -> float:
+        """The std at which the active adapter's variances began, in units of the scale; NaN until it is calibrated."""
+        return self._init_stds[str(self.adapter)]
+
+    @property
+    def level_is_known(self) -> bool:
+        """Whether the active adapter's variances have begun anywhere: given as a number, found, or loaded."""
+        return bool(torch.isfinite(self.dip_init_std[str(self.adapter)]))
+
+    @property
     def calibrated(self) -> bool:
         """Whether the active adapter's noise is known."""
-        return self._calibrated[str(self.adapter)]
+        return not math.isnan(self.init_std)
 
     @property
     def sampling(self) -> bool:
@@ -215,7 +229,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
         if draw is None:
             return x
         adapter = str(self.adapter)
-        if not self._calibrated[adapter]:
+        if not self.calibrated:
             raise ValueError(
                 f"The noise of site '{self.site.name}' was never calibrated. Call model.calibrate(batches) with a few "
                 "labelled training batches first (DipTrainer does it by itself), or give a number as init_noise_std "
@@ -242,20 +256,37 @@ class DipProjection(nn.Module, BaseTunerLayer):
             self.memory.note_repeated(self.site.name)
         return use.draw.repeated(use.number)
 
-    def set_noise(self, scale: torch.Tensor | float | None = None, logvar: torch.Tensor | float | None = None) -> None:
-        """Set the active adapter's scale and log-variances, one value per channel or one for all; None leaves them."""
+    def set_noise(self, scale: torch.Tensor | None = None, std: float | None = None) -> None:
+        """Set the active adapter's scale, of shape `(D,)` or one for all, and its initial std; None leaves them."""
+        adapter = str(self.adapter)
         with torch.no_grad():
             if scale is not None:
-                self.scale.copy_(torch.as_tensor(scale))
-            if logvar is not None:
-                self.logvar.copy_(torch.as_tensor(logvar))
+                self.dip_scale[adapter].copy_(scale)
+            if std is not None:
+                self.dip_init_std[adapter].fill_(std)
+                self.dip_logvar[adapter].fill_(2 * math.log(std))
         self.note_calibration()
 
+    def noise_state(self) -> list[torch.Tensor]:
+        """A copy of the active adapter's noise, for `restore_noise`."""
+        return [tensor.detach().clone() for tensor in self._noise()]
+
+    def restore_noise(self, state: list[torch.Tensor]) -> None:
+        """Set the active adapter's noise to what it was."""
+        with torch.no_grad():
+            for tensor, value in zip(self._noise(), state, strict=True):
+                tensor.copy_(value)
+        self.note_calibration()
+
+    def _noise(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        adapter = str(self.adapter)
+        return self.dip_scale[adapter], self.dip_init_std[adapter], self.dip_logvar[adapter]
+
     def note_calibration(self) -> None:
-        """Remember whose scale is known, so that a forward pass need not wait for the device to tell."""
-        self._calibrated = {
-            name: not scale.is_meta and bool(torch.isfinite(scale).all()) for name, scale in self.dip_scale.items()
-        }
+        """Remember whose noise is known, so that a forward pass need not wait for the device to tell."""
+        for adapter, scale in self.dip_scale.items():
+            known = not scale.is_meta and bool(torch.isfinite(scale).all())
+            self._init_stds[adapter] = float(self.dip_init_std[adapter]) if known else math.nan
 
     def _apply(self, fn, recurse=True):
         # A cast of the model (`.to(torch.bfloat16)`, `.half()`) moves logvar and scale but keeps them float32.

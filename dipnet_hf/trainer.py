@@ -4,15 +4,12 @@ The data term is whatever loss the trainer computes, on S rows a row; the mixin 
 """
 
 import itertools
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils import CONFIG_NAME
 from transformers import PreTrainedConfig, Trainer
 
-from .config import DipConfig
 from .model import DipModel
 from .objective import data_terms, expand_batch, stability_penalty, supervised
 
@@ -72,13 +69,6 @@ class DipTrainerMixin(_Base):
         gradient_state = self.accelerator.gradient_state
         if any(loader is active for active in gradient_state.dataloader_references):
             gradient_state._remove_dataloader(loader)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
-        """As the base trainer's; with the level that the noise began at, around which the prior is."""
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        if os.path.exists(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
-            saved = DipConfig.from_pretrained(resume_from_checkpoint)
-            self._tuner().active_dip_config.init_noise_std = saved.init_noise_std
 
     def create_optimizer(self, *args, **kwargs):
         """As the base trainer's, with the log-variances in a group of their own, without weight decay.
@@ -218,10 +208,10 @@ class DipTrainerMixin(_Base):
 def share_level(logvars: list[torch.nn.Parameter]) -> None:
     """Add to every channel's gradient `sqrt(D)` times their mean, before an optimizer's step.
 
-    With one noise sample the gradient of one channel's log-variance is nearly all noise (SmolLM2-135M: the mean is 0.02
-    of the standard deviation), that of the level they share is not (0.4): so that the level learns within a hundred
-    steps of Adam, which would take thousands for each channel by itself. Where the gradient is zero it stays so: the
-    optimum is the same.
+    With one noise sample the gradient of one channel's log-variance is nearly all noise (SmolLM2-135M: the mean is
+    0.02 of the standard deviation), that of the level they share is not (0.4). So the level learns within a hundred
+    steps of Adam, which would take thousands for each channel by itself. A gradient of zero stays zero: the optimum is
+    the same.
 
     Args:
         logvars (`list`): parameters of shape `(D,)`, one per site; those without a gradient are passed over.

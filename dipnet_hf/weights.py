@@ -112,9 +112,10 @@ def check_fits(model: nn.Module, config: DipConfig, adapter_name: str, state_dic
     )
 
 
-def widen_scales(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Give each channel the scale that version 0.1 saved as one number per site; in place."""
+def upgrade_noise(model: nn.Module, config: DipConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Bring the noise that version 0.1 saved up to date, in place: one scale per channel, and the initial std."""
     for name, tensor in model.state_dict().items():
-        saved = state_dict.get(name)
-        if name.endswith(f"dip_scale.{adapter_name}") and saved is not None and saved.dim() == 0:
-            state_dict[name] = saved.expand(tensor.shape).clone()
+        if name.endswith(f"dip_scale.{adapter_name}") and name in state_dict and state_dict[name].dim() == 0:
+            state_dict[name] = state_dict[name].expand(tensor.shape).clone()
+            level = name.replace("dip_scale", "dip_init_std")
+            state_dict[level] = torch.tensor(float(config.init_noise_std))

@@ -103,6 +103,11 @@ class FinetuneConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or null, got {self.dtype!r}.")
         if self.weights == "full" and self.dtype not in (None, "float32"):
             raise ValueError(f"weights: full trains in float32, got dtype: {self.dtype}; use training.bf16=true.")
+        if self.training.get("metric_for_best_model") is not None and self.num_validation_samples is None:
+            raise ValueError(
+                "training.metric_for_best_model would choose the best checkpoint on the test problems that it is then "
+                "scored on; set num_validation_samples."
+            )
         if self.weights == "frozen" and self.dip is None:
             raise ValueError("weights: frozen with dip: null trains nothing; give a PEFT config or full, or set dip.")
         if self.evaluation.num_samples is not None and not self.evaluation.tasks:
@@ -289,7 +294,8 @@ def _check_all_keys(values: dict) -> None:
             "write for instance {peft_type: LORA, r: 16}."
         )
     if values.get("dip") is not None:
-        _check_keys("dip", values["dip"], _field_names(DipConfig) - {"weights", *_field_names(PeftConfig)})
+        names = _field_names(DipConfig) | {"alpha", "beta"}  # which it takes and does not keep
+        _check_keys("dip", values["dip"], names - {"weights", *_field_names(PeftConfig)})
     if values.get("evaluation") is not None:
         _check_keys("evaluation", values["evaluation"], _field_names(EvaluationConfig))
 

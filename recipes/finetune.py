@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     metrics = {**counts, "num_steps": trainer.state.global_step, **evaluated}
     if config.dip is not None:
-        metrics["init_noise_std"] = model.active_dip_config.init_noise_std
+        metrics["init_noise_std"] = model.init_noise_std
     results = {
         "metrics": metrics,
         "scores": scores,
@@ -325,20 +325,26 @@ def score_best_checkpoint(
 
     Returns:
         `dict`: its `step`, `metrics` and `scores`; None if the run looked for none, or ended with it.
+
+    Raises:
+        ValueError: the checkpoint is not there any more.
     """
     checkpoint = trainer.state.best_model_checkpoint
     if checkpoint is None or trainer.args.load_best_model_at_end:
         return None
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"The best checkpoint was {checkpoint}, and there is none: was the run's folder moved?")
     trainer._load_best_model()
     evaluated = evaluate(trainer, eval_set)
     scores = score_model(trainer, tokenizer, config, evaluated, task_sets)
-    return {"step": trainer.state.best_global_step, "metrics": evaluated, "scores": scores}
+    return {"step": int(checkpoint.rpartition("-")[2]), "metrics": evaluated, "scores": scores}
 
 
 def write_results(path: Path, results: dict) -> None:
     """Write a result file as JSON that a person can read: an entry a line, but lists of numbers on one."""
     text = json.dumps(results, indent=1)
-    text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    # The line breaks tell a list from a string.
+    text = re.sub(r"\[\n\s+([-+.\deE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     path.write_text(text, encoding="utf-8")
 
 

@@ -42,10 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     base = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=model_dtype(config), trust_remote_code=config.trust_remote_code
     )
-    model = get_dip_model(base, config.dip_config(), calibration=batches)
+    model = get_dip_model(base, config.dip_config())
+    if model.needs_calibration:
+        model.calibrate(batches)
     sweep = model.noise_sweep(batches, args.stds)
     results = {
-        "level": model.active_dip_config.init_noise_std,
+        "level": model.init_noise_std,
         "sweep": sweep,
         "provenance": provenance(__file__, asdict(config), seed=config.training_arguments().seed),
     }

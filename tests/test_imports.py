@@ -53,7 +53,7 @@ TABLE = {
     ),
     "registry": Row(ours="config model", others="peft"),
     # What uses it.
-    "trainer": Row(ours="config model objective", others="peft torch transformers"),
+    "trainer": Row(ours="model objective", others="torch transformers"),
     "sft_trainer": Row(ours="projection trainer", others="torch transformers trl"),
     "lm_eval_model": Row(ours="ensemble model noise", others="lm_eval peft torch transformers"),
     "diagnostics": Row(ours="public", others="numpy torch transformers"),

@@ -548,7 +548,7 @@ def test_generation(batch):
 def test_a_cast_leaves_the_noise_in_float32(dtype, tmp_path):
     model = trained()
     noise = {key: tensor.clone() for key, tensor in model.state_dict().items() if "dip_" in key}
-    assert len(noise) == 2 * NUM_LAYERS and all(tensor.dtype == torch.float32 for tensor in noise.values())
+    assert len(noise) == 3 * NUM_LAYERS and all(tensor.dtype == torch.float32 for tensor in noise.values())
     summary = model.noise_summary()
     model.to(dtype)
     assert model.noise_summary() == summary

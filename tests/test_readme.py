@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,11 +18,20 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def folder(tmp_path):
-    words = ["<pad>", *["Two", "and", "three", "are", "five", ".", "four", "six"]]
+    """A folder with a tiny model that knows the example's sentences a little, as a pretrained one does."""
+    words = ["<pad>", "plus", "is", ".", *map(str, range(15))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path / "model")
-    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = build("llama")
+    batch = tokenizer([f"{a} plus {b} is {a + b}." for a in range(8) for b in range(8)], return_tensors="pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "model")
     return tmp_path
 
 

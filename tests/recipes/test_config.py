@@ -109,6 +109,7 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
         (["dtype=float64"], {}, "dtype must be one of float32, bfloat16, float16 or null, got 'float64'"),
         (["dtype=bfloat16"], {"weights": "full"}, "weights: full trains in float32, got dtype: bfloat16"),
         (["num_validation_samples=0"], {}, "num_validation_samples must be a positive integer or null, got 0"),
+        (["training.metric_for_best_model=nll"], {}, "choose the best checkpoint on the test problems"),
         (["dip.init_std=1"], {}, "Unknown key dip.init_std; did you mean dip.init_noise_std"),
         (["dip.weights=full"], {}, "Unknown key dip.weights"),
         (["weights.rank=1"], {}, "Unknown key weights.rank; did you mean weights."),

@@ -113,13 +113,11 @@ def test_the_level_is_found_written_and_resumed(run, tmp_path, caplog):
     whole = run("--set", f"model={base}", name="whole", dip=dip)
     level = read(whole)["metrics"]["init_noise_std"]
     assert 0.001 < level < 8 and f"Noise level {level:.3g} found" in caplog.text
-    assert json.loads((whole / "adapter_config.json").read_text())["init_noise_std"] == level
     for checkpoint in ("checkpoint-2", "checkpoint-4"):  # amid the run, and after its last step
         resumed = tmp_path / checkpoint
         shutil.copytree(whole / checkpoint, resumed / checkpoint)
         run("--set", f"model={base}", name=checkpoint, dip=dip)
         assert read(resumed)["metrics"] == read(whole)["metrics"]
-        assert json.loads((resumed / "adapter_config.json").read_text())["init_noise_std"] == level
 
 
 @pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.1}], ids=["plain", "dip"])
