@@ -3,7 +3,7 @@
     python benchmarks/noise_scale.py recipes/configs/smollm2-svamp.yaml              # the table, before any training
     python benchmarks/noise_scale.py recipes/configs/smollm2-svamp.yaml --train 4    # and four epochs at each scale
 
-Writes `results/noise_scale-<config>-cpu.json`, a row as soon as it is measured; started again it goes on. Candidates
+Writes `results/noise_scale-<model>-cpu.json`, a row as soon as it is measured; started again it goes on. Candidates
 are set in place of the scale that calibration measured, from the same tokens. Training is that of
 `recipes/finetune.py`, on the first 200 problems, and its NLL that of the last 100 of the training data. It starts at
 the level that costs `init_loss_increase`, so that scales are compared at an equal price.
@@ -87,9 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scales", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="which ones")
     args = parser.parse_args(arguments)
 
-    sizes = [f"max_train_samples={NUM_TRAIN}", f"num_validation_samples={NUM_VALIDATION}"]
+    sizes = [f"max_train_samples={NUM_TRAIN}", f"num_validation_samples={NUM_VALIDATION}", "max_eval_samples=1"]
     config = load_config(str(args.config), [*sizes, *args.set])
-    results = Results(RESULTS / f"noise_scale-{args.config.stem}-cpu.json", config)
+    results = Results(RESULTS / f"noise_scale-{Path(config.model).name}-cpu.json", config)
     scales = measure_table(config, args.scales, results)
     if args.train is not None:
         overrides = [*sizes, *args.set, f"training.num_train_epochs={args.train}"]
@@ -184,7 +184,7 @@ def noisy_loss(model, batches: list[dict], std: float) -> float:
 def train(config: Path, overrides: list[str], case: dict, scales: list[torch.Tensor] | None) -> dict:
     """Fine-tune at a candidate's scale, or without noise; the level it began at and the NLL after each epoch."""
     name = "-".join(str(value).replace(" ", "_") for value in case.values())
-    folder = Path("runs") / "noise_scale" / config.stem / name
+    folder = Path("runs") / "noise_scale" / Path(load_config(str(config), overrides).model).name / name
     evaluation = ["training.eval_strategy=epoch", "evaluation.tasks=[]", "evaluation.num_samples=null"]
     overrides = [*overrides, *evaluation, f"training.output_dir={folder}", *(["dip=null"] if scales is None else [])]
     if not (folder / "results.json").exists():
@@ -192,7 +192,7 @@ def train(config: Path, overrides: list[str], case: dict, scales: list[torch.Ten
             finetune.main([str(config), "--set", *overrides])
     results = json.loads((folder / "results.json").read_text())
     curve = [entry["eval_nll"] for entry in results["log_history"] if "eval_nll" in entry]
-    return {"level": results["metrics"].get("init_noise_std"), "nll_by_epoch": curve}
+    return {"level": results["metrics"].get("init_noise_std"), "nll_by_epoch": curve[: case["epochs"]]}
 
 
 if __name__ == "__main__":
