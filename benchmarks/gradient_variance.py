@@ -160,7 +160,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.axhline(1, color="grey", linestyle=":")
         axis.set_xscale("log", base=2)
         axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-        axis.set(title=f"noise {std} of the RMS", xlabel="S")
+        axis.set(title=f"noise std {std}", xlabel="S")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("noise variance x FLOPs, over S = 1")

@@ -31,10 +31,8 @@ _logger = logging.getLogger(__name__)
 # A channel's scale from 512 tokens is within 5% (one standard error) of that of all tokens.
 _MAX_TOKENS, _MIN_TOKENS, _MAX_VALUES = 512, 128, 2**26
 _FEW_TOKENS = 64  # a scale from so few is off by 15%
-_WIDTH_OF_50, _WIDTH_OF_90 = (
-    0.67449,
-    1.64485,
-)  # standard deviations within which 50% and 90% of a normal distribution lie
+# Standard deviations within which 50% and 90% of a normal distribution lie.
+_WIDTH_OF_50, _WIDTH_OF_90 = 0.67449, 1.64485
 _FLOOR = 0.01  # of the site's typical scale; the smallest in SmolLM2-135M is 0.36 of it, in Gemma 3 270M 0.034
 
 _FIRST_STD = 0.1
