@@ -65,10 +65,10 @@ def plot_noise(result_file: str, path: str, sort_channels: bool = False) -> None
     for number, row in enumerate(rows):
         std_D = np.sort(row["relative_std"]) if sort_channels else row["relative_std"]
         std_ND[number, : len(std_D)] = std_D
-    figure = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.16 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(std_ND, aspect="auto", interpolation="nearest", cmap="viridis")
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize="small")
     axes.set(xlabel="channel, by noise" if sort_channels else "channel", ylabel="site")
     figure.colorbar(image, label="standard deviation, in units of the channel's scale")
     figure.savefig(path, dpi=150)
@@ -100,10 +100,13 @@ def plot_noise_level(result_file: str, path: str) -> None:
             axes.plot(*points.T, color="black", linewidth=2, label="all sites")
         else:
             axes.plot(*points.T, color=by_depth.to_rgba(np.array(number)), linewidth=0.8)
-    figure.colorbar(by_depth, ax=axes, label="one site alone, by its number")
+    figure.colorbar(by_depth, ax=axes, label="one site alone, by its number", ticks=[0, max(len(sites) - 1, 1)])
     axes.axhline(off["loss"], color="0.5", linestyle=":", label="noise off")
     axes.axvline(results["level"], color="0.5", linestyle="--", label=f"level {results['level']:.3g}")
     axes.set(xscale="log", xlabel="standard deviation, in units of the channel's scale", ylabel="nats per token")
+    stds = sorted({row["std"] for row in rows})
+    axes.set_xticks(stds, [f"{std:g}" for std in stds])
+    axes.set_xticks([], minor=True)
     axes.legend()
     figure.savefig(path, dpi=150)
 
