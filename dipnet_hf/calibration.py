@@ -21,6 +21,7 @@ from .config import DipConfig
 from .projection import DipProjection, Site
 
 MeanLoss = Callable[..., float | None]  # of `(batches, noise)`
+DrawLabels = Callable[[Any, int], Any]  # of `(batch, seed)`
 
 IGNORE_INDEX = -100
 
@@ -35,8 +36,8 @@ _FEW_TOKENS = 64  # a scale from so few is off by 15%
 _WIDTH_OF_50, _WIDTH_OF_90 = 0.67449, 1.64485
 _FLOOR = 0.01  # of the site's typical scale; the smallest in SmolLM2-135M is 0.36 of it, in Gemma 3 270M 0.034
 
-_FIRST_STD = 0.1
-_MAX_TRIALS = 5  # of two passes each
+_FIRST_STD = 0.05
+_MAX_TRIALS = 4  # of two passes each
 _CLOSE, _CLOSE_ENOUGH = 0.1, 0.9  # how far from the wanted increase the search ends, and may end at worst
 _HIGH_INCREASE = 1.0  # nats per supervised token, from which a given level is warned of
 
@@ -231,13 +232,13 @@ def _check_tokens(name: str, tokens_ND: torch.Tensor) -> None:
 
 
 def find_std(loss_at: Callable[[float], float], loss: float, increase: float) -> tuple[float, float]:
-    """Find the noise std at which the loss has risen by `increase`, within a tenth of it if five trials allow that.
+    """Find the noise std at which the loss has risen by `increase`, within a tenth of it if four trials allow that.
 
     As the loss rises about with the variance, the next variance is where a straight line between the trials below and
     above reaches `increase` (regula falsi with the Illinois rule).
 
     Args:
-        loss_at (`Callable`): std to loss, the same draws every time; it is called at most five times.
+        loss_at (`Callable`): std to loss, the same draws every time; it is called at most four times.
         loss (`float`): without noise.
         increase (`float`): positive.
 
@@ -275,7 +276,8 @@ def find_std(loss_at: Callable[[float], float], loss: float, increase: float) ->
 
 def _next_variance(low: tuple[float, float], high: tuple[float, float], increase: float) -> float:
     if math.isinf(high[0]):  # nothing was too much yet
-        return 16 * low[0]
+        risen = low[1] + increase
+        return low[0] * (min(increase / risen, 256) if risen > 0 else 16)
     if not math.isfinite(high[1]):
         return math.sqrt(max(low[0], high[0] / 4096) * high[0])
     if low[0] == 0.0:  # everything was: faster than a straight line from zero, as the loss rises ever faster
@@ -284,7 +286,12 @@ def _next_variance(low: tuple[float, float], high: tuple[float, float], increase
 
 
 def calibrate(
-    model: nn.Module, config: DipConfig, projections: list[DipProjection], batches: list, mean_loss: MeanLoss
+    model: nn.Module,
+    config: DipConfig,
+    projections: list[DipProjection],
+    batches: list,
+    mean_loss: MeanLoss,
+    draw_labels: DrawLabels,
 ) -> None:
     """Set the scale of the sites and, where it is to be found, the std at which their variances begin.
 
@@ -296,6 +303,7 @@ def calibrate(
         projections (`list[DipProjection]`): its sites.
         batches (`list`): model inputs.
         mean_loss (`Callable`): `(batches, noise)` to the mean loss with noise off or on, None where there is none.
+        draw_labels (`Callable`): `(batch, seed)` to the batch with labels from the model's own predictions.
     """
     if config.noise_scale == "absolute" and config.init_noise_std != "auto":
         raise ValueError(
@@ -317,7 +325,9 @@ def calibrate(
                     "model's output on them, for NaN and infinity."
                 )
             if finds_level:
-                _find_level(projections, batches, mean_loss, loss, config.init_loss_increase)
+                _check_labels(loss)
+                batches = [draw_labels(batch, seed) for seed, batch in enumerate(batches)]
+                _find_level(projections, batches, mean_loss, config.init_loss_increase)
             elif loss is not None and config.init_noise_std:
                 _warn_of_high_level(loss, _noisy_loss(projections, batches, mean_loss))
     except BaseException:
@@ -326,24 +336,25 @@ def calibrate(
         raise
 
 
-def _find_level(
-    projections: list[DipProjection], batches: list, mean_loss: MeanLoss, loss: float | None, increase: float
-) -> None:
+def _check_labels(loss: float | None) -> None:
     if loss is None:
         raise ValueError(
             'init_noise_std="auto" finds the level of the noise by the loss of the calibration batches, and they hold '
             "no supervised token. Give batches with labels, or a number, such as init_noise_std=0.1."
         )
 
+
+def _find_level(projections: list[DipProjection], batches: list, mean_loss: MeanLoss, increase: float) -> None:
     def loss_at(std: float) -> float:
         for projection in projections:
             projection.set_noise(std=std)
         return _noisy_loss(projections, batches, mean_loss)
 
+    loss = _known(mean_loss(batches, noise=False))
     std, noisy_loss = find_std(loss_at, loss, increase)
     for projection in projections:
         projection.set_noise(std=std)
-    _logger.info("Noise level %.3g found: loss %.4g -> %.4g", std, loss, noisy_loss)
+    _logger.info("Noise level %.3g found: loss of the model's own answers %.4g -> %.4g", std, loss, noisy_loss)
 
 
 def _noisy_loss(projections: list[DipProjection], batches: list, mean_loss: MeanLoss) -> float:

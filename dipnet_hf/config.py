@@ -36,8 +36,9 @@ class DipConfig(PeftConfig):
         noise_scale (`str`): `"relative"` to the spread of each channel of a site's input, which `calibrate` measures,
             or `"absolute"`, the paper's form.
         init_noise_std (`float` or `str`): the noise's initial standard deviation, in units of the scale; or `"auto"`:
-            `calibrate` finds the one that raises the loss of its batches by `init_loss_increase`.
-        init_loss_increase (`float`): how much, in nats per supervised token, for `init_noise_std="auto"`.
+            `calibrate` finds the one that costs `init_loss_increase`.
+        init_loss_increase (`float`): how much `"auto"` noise raises the loss of calibration's batches, in nats per
+            supervised token, were the model's own predictions right: how far noise takes them from where they were.
         logvar_learning_rate (`float`): the learning rate of the log-variances; they are never weight-decayed.
         num_samples (`int`): S of eq. (2), noise samples a training step.
         antithetic (`bool`): with an even `num_samples`, draw samples in pairs of +eps and -eps.
@@ -69,7 +70,7 @@ class DipConfig(PeftConfig):
     granularity: str = field(default="channel", metadata={"help": "'channel' or 'layer'."})
     noise_scale: str = field(default="relative", metadata={"help": "'relative' or 'absolute'."})
     init_noise_std: float | str = field(default="auto", metadata={"help": "Initial noise std, or 'auto'."})
-    init_loss_increase: float = field(default=0.02, metadata={"help": "Nats per token that 'auto' noise costs."})
+    init_loss_increase: float = field(default=0.03, metadata={"help": "Nats per token that 'auto' noise costs."})
     logvar_learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the log-variances."})
     num_samples: int = field(default=1, metadata={"help": "Noise samples a training step."})
     antithetic: bool = field(default=True, metadata={"help": "Samples in pairs of +eps and -eps."})

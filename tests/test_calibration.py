@@ -181,7 +181,7 @@ def test_many_tokens_keep_the_memory_of_a_sample(monkeypatch):
 
 
 @pytest.mark.parametrize("increase", [0.002, 0.02, 0.5])
-@pytest.mark.parametrize("cost", [0.01, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("cost", [0.03, 1.0, 30.0, 1e3])
 def test_the_level_is_found_where_the_loss_rises_and_saturates(cost, increase):
     stds = []
 
@@ -190,7 +190,7 @@ def test_the_level_is_found_where_the_loss_rises_and_saturates(cost, increase):
         return 2.0 + 8.0 * (1.0 - math.exp(-cost * std**2 / 8.0))
 
     std, loss = find_std(loss_at, 2.0, increase)
-    assert std in stds and len(stds) <= 5
+    assert std in stds and len(stds) <= 4
     assert loss - 2.0 == pytest.approx(increase, rel=0.25)
 
 
@@ -202,10 +202,12 @@ def test_the_level_is_found_past_a_loss_that_falls_at_first_and_before_one_that_
 
 
 @pytest.mark.parametrize(
-    "loss_at", [lambda std: 2.0, lambda std: 3.0, lambda std: math.nan, lambda std: 9.0 if std > 0.11 else 2.0]
+    "loss_at", [lambda std: 2.0, lambda std: 3.0, lambda std: math.nan, lambda std: 9.0 if std > 0.06 else 2.0]
 )
 def test_a_loss_that_noise_does_not_raise_by_so_much_is_an_error(loss_at):
-    with pytest.raises(ValueError, match=r"No noise was found .*, 2, by init_loss_increase=0.05; tried .*at 0\.1[,.]"):
+    with pytest.raises(
+        ValueError, match=r"No noise was found .*, 2, by init_loss_increase=0.05; tried .*at 0\.05[,.]"
+    ):
         find_std(loss_at, 2.0, 0.05)
 
 
@@ -219,11 +221,33 @@ def test_auto_finds_the_level_of_the_calibration_batches(caplog):
     assert len(passes) <= 2 * (1 + 10) + 1  # the measuring pass and ten more of two batches, and the probe of the loss
     std = model.init_noise_std
     assert all(row["mean"] == pytest.approx(std) for row in model.noise_summary())
-    off = sum(nll(model.eval(), batch) for batch in batches) / 2
-    assert f"Noise level {std:.3g} found: loss {off:.4g} -> " in caplog.text
+    assert f"Noise level {std:.3g} found: loss of the model's own answers" in caplog.text
+    off = [predictions(model.eval(), batch) for batch in batches]
     with model.sampling(seed=1):  # other draws, and no pairs
-        noisy = sum(nll(model, batch) for batch in batches * 100) / 200
-    assert noisy - off == pytest.approx(0.1, rel=0.2)
+        divergences = [
+            torch.nn.functional.kl_div(predictions(model, batch), log_probs, reduction="batchmean", log_target=True)
+            for _ in range(100)
+            for batch, log_probs in zip(batches, off, strict=True)
+        ]
+    assert torch.stack(divergences).mean().item() == pytest.approx(0.1, rel=0.2)
+
+
+@torch.no_grad()
+def predictions(model, batch):
+    """The log-probabilities of what stands in place of the supervised tokens, of shape `(tokens, V)`."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return model(**inputs).logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
+
+
+def test_the_level_is_that_of_the_predictions_whatever_the_labels_say():
+    """A model that is sure and wrong gains by noise, so that its labels tell no level."""
+    levels = []
+    for shift in (0, 1):
+        batch = make_outlier_batch()
+        wrong = (batch["labels"] + shift) % build_with_outliers().config.vocab_size
+        batch["labels"] = torch.where(batch["labels"] == -100, -100, wrong)
+        levels.append(get_dip_model(build_with_outliers(), DipConfig(), calibration=[batch]).init_noise_std)
+    assert levels[0] == levels[1]
 
 
 def test_the_level_hardly_depends_on_the_draws(monkeypatch):
@@ -266,7 +290,7 @@ def test_a_classifier_has_a_level():
         model.classifier.weight.mul_(100)
     images = make_batch("vit", num_rows=64)
     images["labels"] = model(**{"pixel_values": images["pixel_values"]}).logits.argmax(-1)
-    model = get_dip_model(model, DipConfig(), calibration=[images])
+    model = get_dip_model(model, DipConfig(init_loss_increase=0.02), calibration=[images])
     off = nll(model.eval(), images)
     with model.sampling(seed=0):
         noisy = sum(nll(model, images) for _ in range(200)) / 200
@@ -411,8 +435,10 @@ def test_what_cannot_be_calibrated_is_named_and_leaves_nothing_behind():
         get_dip_model(build("llama"), DipConfig(), calibration=[])
     with pytest.raises(ValueError, match='noise_scale="absolute" has nothing to calibrate'):
         get_dip_model(build("llama"), DipConfig(noise_scale="absolute", init_noise_std=0.1), calibration=[batch])
+    silent = build("llama")
+    silent.lm_head.weight.data.zero_()
     with pytest.raises(ValueError, match=r"No noise was found .*predicts nothing yet.*Give a number"):
-        get_dip_model(build("llama"), DipConfig(), calibration=[make_batch("llama")])
+        get_dip_model(silent, DipConfig(), calibration=[make_batch("llama")])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -557,7 +583,7 @@ def test_training_with_defaults_learns_and_keeps_its_noise(weights, tmp_path):
     stds = torch.cat([torch.exp(logvar.detach() / 2) for logvar in model.logvars()]) / model.init_noise_std
     assert nll(model.eval(), make_outlier_batch(seed=99)) < 0.8 * before
     assert 0.2 < stds.min() < stds.max() < 3  # neither collapsed nor run away
-    assert stds.std() > 0.01  # and not where they began
+    assert (stds - 1).abs().mean() > 0.05  # and not where they began
 
 
 def test_an_ensemble_of_the_stand_in_is_the_mean_of_noisy_passes():

