@@ -27,8 +27,8 @@ if not __package__:  # run as a script: Python put benchmarks/ on the path, and 
 
 from benchmarks.measure import RESULTS
 from dipnet_hf import get_dip_model
-from dipnet_hf.calibration import ScaleMeter, channel_scale
 from dipnet_hf.report import provenance
+from dipnet_hf.scale import ScaleMeter, channel_scale
 from recipes import finetune
 from recipes.config import FinetuneConfig, load_config
 from recipes.data import make_collator

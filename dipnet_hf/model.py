@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from . import objective
-from .calibration import calibrate, noise_sweep, num_processes
+from .calibration import calibrate, noise_sweep
 from .config import DipConfig
 from .ensemble import AVERAGES, Ensemble
 from .head_inputs import HeadInputs
 from .noise import fold_in, new_key
 from .projection import DipProjection, Draw, DrawMemory, NoiseSwitch, SiteDraw
 from .rows import RowRepeater
+from .scale import num_processes
 from .shared_prompt import check_shares_prompts, lengthen
 from .sites import decoder_layers, find_sites
 from .weights import (

@@ -42,13 +42,15 @@ TABLE = {
     "config": Row(ours="card", others="peft", lazy="public"),
     "projection": Row(ours="config noise", others="peft torch"),
     "sites": Row(ours="config projection", others="peft torch transformers"),
-    "calibration": Row(ours="config projection", others="torch"),
+    "scale": Row(ours="objective projection", others="torch"),
+    "calibration": Row(ours="config projection scale", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
     "rows": Row(others="torch transformers"),
     "head_inputs": Row(ours="chunked_loss", others="torch transformers"),
     "ensemble": Row(ours="noise projection rows uncertainty", others="peft torch transformers"),
     "model": Row(
-        ours="calibration config ensemble head_inputs noise objective projection rows shared_prompt sites weights",
+        ours="calibration config ensemble head_inputs noise objective projection rows scale shared_prompt sites "
+        "weights",
         others="accelerate peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),

@@ -1,11 +1,12 @@
 """What no model built from a config can tell: that a pretrained LLM survives the default noise."""
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
-from dipnet_hf.calibration import channel_scale
+from dipnet_hf.scale import channel_scale
 
 PROBLEMS = [
     ("A pack costs 76 dollars. How much do 3 packs cost?", "76 * 3 = 228\n#### 228"),
@@ -35,6 +36,20 @@ def load(folder):
     return model, [{name: value[i : i + 2] for name, value in padded.items()} for i in (0, 2)]
 
 
+@torch.no_grad()
+def divergence(model, batches):
+    """How far noise takes the predictions of supervised tokens, in nats per token: the mean of eight draws."""
+    off = [predictions(model, batch) for batch in batches]
+    with model.sampling(seed=1):
+        noisy = [predictions(model, batch) for batch in batches * 8]
+    return torch.nn.functional.kl_div(torch.cat(noisy), torch.cat(off * 8), reduction="batchmean", log_target=True)
+
+
+def predictions(model, batch):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return model(**inputs).logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
+
+
 def test_the_default_noise_is_survived_where_the_rms_of_a_site_is_not(real_model, tmp_path):
     base, batches = load(real_model)
     config = DipConfig(weights=LoraConfig(r=4, target_modules="all-linear"))
@@ -42,6 +57,7 @@ def test_the_default_noise_is_survived_where_the_rms_of_a_site_is_not(real_model
     off, *_ = model.noise_sweep(batches, [], per_site=False)
     noisy = model.noise_sweep(batches, [model.init_noise_std], per_site=False)[-1]["loss"]
     assert noisy < off["loss"] + 0.15
+    assert divergence(model.eval(), batches) == pytest.approx(config.init_loss_increase, rel=0.6)
 
     # Unlike a stand-in, a real model has its massive token and outlier channels everywhere.
     projections = model.base_model._projections

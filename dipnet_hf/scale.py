@@ -1,0 +1,227 @@
+"""The scale of the noise in every channel of every site, measured on a sample of the tokens that the sites see.
+
+Pretrained language models have a token with massive activations and channels far larger than the others, both of which
+an RMS is made of. So a channel's scale is a median: that of its tokens' distance from their median.
+
+Shape legend: N tokens, D channels of a site.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .objective import IGNORE_INDEX
+from .projection import DipProjection, Site
+
+# Tokens kept per site, over all processes, as far as all sites together stay within `_MAX_VALUES`; never fewer than
+# `_MIN_TOKENS`. 32 sites of 4,096 channels keep 512 tokens: 134 MB in bfloat16, 268 MB in float32.
+# A channel's scale from 512 tokens is within 5% (one standard error) of that of all tokens.
+_MAX_TOKENS, _MIN_TOKENS, _MAX_VALUES = 512, 128, 2**26
+_FEW_TOKENS = 64  # a scale from so few is off by 15%
+# Standard deviations within which 50% and 90% of a normal distribution lie.
+_WIDTH_OF_50, _WIDTH_OF_90 = 0.67449, 1.64485
+_FLOOR = 0.01  # of the site's typical scale; the smallest in SmolLM2-135M is 0.36 of it, in Gemma 3 270M 0.034
+
+
+class ScaleMeter:
+    """Measures the scale of every channel of every site, from a random sample of the tokens that the sites see.
+
+    Args:
+        model (`nn.Module`): the network, whose config tells which mask is that of the sites' tokens.
+        projections (`list[DipProjection]`): the sites.
+    """
+
+    def __init__(self, model: nn.Module, projections: list[DipProjection]) -> None:
+        num_channels = sum(projection.site.num_channels for projection in projections)
+        num_tokens = min(_MAX_TOKENS, max(_MIN_TOKENS, _MAX_VALUES // num_channels))
+        self._model: Any = model
+        self._projections = projections
+        self._samples = [TokenSample(math.ceil(num_tokens / num_processes())) for _ in projections]
+        self._watching = False
+        self._masks: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Look at what enters the sites while batches are watched."""
+        for projection, sample in zip(self._projections, self._samples, strict=True):
+            projection.observer = partial(self._observe, projection.site, sample)
+        try:
+            yield
+        finally:
+            for projection in self._projections:
+                projection.observer = None
+
+    def watch(self, batches: Iterable) -> Iterator[Any]:
+        """Pass the batches on, and note which tokens of each are padding."""
+        for batch in batches:
+            self._masks, self._watching = _masks_of(batch), True
+            yield batch
+            self._watching = False
+
+    def _observe(self, site: Site, sample: "TokenSample", x: torch.Tensor) -> None:
+        if not self._watching:
+            return
+        if x.shape[site.channel_dim] != site.num_channels:
+            raise ValueError(
+                f"Site '{site.name}' should have {site.num_channels} channels along dimension {site.channel_dim}, and "
+                f"its input has the shape {tuple(x.shape)}. Name another module as the site."
+            )
+        sample.add(tokens_of(x, site.channel_dim, self._masks_for(site)))
+
+    def _masks_for(self, site: Site) -> list[torch.Tensor]:
+        """The masks that a site's tokens may have: in a decoder its own, then the encoder's, for what it reads."""
+        names = ["attention_mask"]
+        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            inside = any(module is self._model.get_encoder() for module in _hosts(self._model, site.name))
+            names = ["attention_mask"] if inside else ["decoder_attention_mask", "labels", "attention_mask"]
+        return [self._masks[name] for name in names if name in self._masks]
+
+    def scales(self) -> list[torch.Tensor]:
+        """The sites' scales, float32 of shape `(D,)` each, the same on every process.
+
+        Raises:
+            ValueError: a site never ran, its input is not finite, or all its channels are constant.
+        """
+        scales, fewest = [], _FEW_TOKENS
+        for projection, sample in zip(self._projections, self._samples, strict=True):
+            name, device = projection.site.name, projection.scale.device
+            tokens_ND = sample.gather(projection.site.num_channels, device)
+            _check_tokens(name, tokens_ND)
+            scale_D = channel_scale(tokens_ND)
+            if not (scale_D > 0).all():
+                raise ValueError(
+                    f"Nine in ten tokens have one value in every channel of the input of site '{name}', so it tells "
+                    'no scale. Choose other sites, or noise_scale="absolute".'
+                )
+            scales.append(scale_D)
+            fewest = min(fewest, len(tokens_ND))
+        if fewest < _FEW_TOKENS:
+            warnings.warn(
+                f"A site was calibrated on {fewest} tokens without padding. The median of so few is off by more than "
+                f"a tenth: give batches with at least {_FEW_TOKENS}.",
+                stacklevel=4,
+            )
+        return scales
+
+
+class TokenSample:
+    """Keeps a uniform random sample of the tokens added to it: those with the smallest of random numbers.
+
+    Args:
+        size (`int`): the most tokens it keeps.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._generator = torch.Generator("cpu").manual_seed(0)  # all sites keep the same tokens, in every run
+        self._numbers_N = torch.empty(0, device="cpu")
+        self._tokens_ND: torch.Tensor | None = None
+
+    def add(self, tokens_ND: torch.Tensor) -> None:
+        """Add tokens, and let go of those that are too many."""
+        if self._tokens_ND is None:
+            self._tokens_ND = tokens_ND[:0]
+        num_kept = len(self._numbers_N)
+        numbers = torch.rand(len(tokens_ND), generator=self._generator, device="cpu")
+        numbers = torch.cat([self._numbers_N, numbers])
+        chosen = numbers.argsort()[: self._size].sort().values
+        kept, added = chosen[chosen < num_kept], chosen[chosen >= num_kept] - num_kept
+        self._tokens_ND = torch.cat([self._tokens_ND[kept], tokens_ND[added]])
+        self._numbers_N = numbers[chosen]
+
+    def gather(self, num_channels: int, device: torch.device) -> torch.Tensor:
+        """The tokens of all processes, float32 of shape `(N, D)`, on `device`."""
+        own = torch.empty(0, num_channels) if self._tokens_ND is None else self._tokens_ND
+        own = own.to(device=device, dtype=torch.float32)
+        if num_processes() == 1:
+            return own
+        counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(num_processes())]
+        torch.distributed.all_gather(counts, torch.tensor([len(own)], device=device))
+        padded = own.new_zeros(self._size, num_channels)
+        padded[: len(own)] = own
+        gathered = [torch.empty_like(padded) for _ in counts]
+        torch.distributed.all_gather(gathered, padded)
+        return torch.cat([tokens[: int(count)] for tokens, count in zip(gathered, counts, strict=True)])
+
+
+def tokens_of(x: torch.Tensor, channel_dim: int, masks: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """Lay out a site's input as tokens of shape `(N, D)`, without those that are padding.
+
+    Args:
+        x (`torch.Tensor`): rows and length may be any two dimensions that are neighbours without the channels, in
+            either order (XLNet has the length first, Gemma 3n its streams), or one, as for an expert's input.
+        channel_dim (`int`): the channels' dimension.
+        masks (`Sequence[torch.Tensor]`): of shape `(B, L)`, 0 for padding; the first that fits is taken. An input of
+            other rows, such as an image's patches, has no padding.
+    """
+    x = x.movedim(channel_dim, -1)
+    for mask_BL in masks:
+        mask_BL = mask_BL.to(x.device).bool()
+        if x.dim() == 2 and len(x) == mask_BL.numel():
+            return x[mask_BL.flatten()]
+        for dim in range(x.dim() - 2):
+            for mask in (mask_BL, mask_BL.T):
+                if mask.shape == x.shape[dim : dim + 2]:
+                    return x.movedim((dim, dim + 1), (0, 1))[mask].flatten(0, -2)
+    return x.flatten(0, -2)
+
+
+def channel_scale(tokens_ND: torch.Tensor) -> torch.Tensor:
+    """The scale of every channel, of shape `(D,)`: 1.4826 times the median absolute deviation over the tokens.
+
+    Where more than half of the tokens have one value, as after a ReLU, that is 0, and the 0.9 quantile stands for the
+    median. A channel that hardly changes gets 0.01 of the site's typical scale, the median over the channels that do
+    change. Zeros if none does.
+    """
+    deviations_ND = (tokens_ND - _quantile(tokens_ND, 0.5)).abs()
+    scale_D = _quantile(deviations_ND, 0.5) / _WIDTH_OF_50
+    if (sparse := scale_D == 0).any():
+        scale_D[sparse] = _quantile(deviations_ND[:, sparse], 0.9) / _WIDTH_OF_90
+    changing = scale_D[scale_D > 0]
+    return scale_D.clamp(min=_FLOOR * _quantile(changing, 0.5)) if len(changing) else scale_D
+
+
+def _quantile(values_ND: torch.Tensor, part: float) -> torch.Tensor:
+    """The lower quantile over the tokens, by sorting: CUDA's `median` and `kthvalue` are not deterministic."""
+    return values_ND.sort(dim=0).values[math.ceil(part * len(values_ND)) - 1]
+
+
+def _check_tokens(name: str, tokens_ND: torch.Tensor) -> None:
+    if not len(tokens_ND):
+        raise ValueError(
+            f"Site '{name}' never ran in the calibration. Give at least one batch that reaches it (an expert of a "
+            "mixture may need more), or leave it out of the sites."
+        )
+    if not torch.isfinite(tokens_ND).all():
+        raise ValueError(
+            f"The input of site '{name}' is not finite in the calibration. Check the batches, and the model's output "
+            "on them, for NaN and infinity; float16 overflows where bfloat16 does not."
+        )
+
+
+def _masks_of(batch: Any) -> dict[str, torch.Tensor]:
+    """Which tokens of a batch count, by the entry that tells it."""
+    if not isinstance(batch, Mapping):
+        return {}
+    masks = {name: batch.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+    if isinstance(batch.get("labels"), torch.Tensor):
+        masks["labels"] = batch["labels"] != IGNORE_INDEX
+    return {name: mask for name, mask in masks.items() if isinstance(mask, torch.Tensor) and mask.dim() == 2}
+
+
+def _hosts(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that contain the one called `name`, from the outside in."""
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
+
+
+def num_processes() -> int:
+    """How many processes take part in the calibration."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
