@@ -39,6 +39,8 @@ from .weights import (
     upgrade_noise,
 )
 
+_TOKENS_DRAWN_AT_ONCE = 256  # their probabilities take 268 MB at a vocabulary of 262,144
+
 
 def get_dip_model(
     model: nn.Module, config: DipConfig, calibration: Iterable | None = None, adapter_name: str = "default"
@@ -385,8 +387,8 @@ class DipModel(BaseTuner):
         A channel's scale is 1.4826 times the median absolute deviation of the site's input over a random sample of up
         to 512 tokens, without noise, dropout and padding. The level is the std whose noise raises the mean loss of
         these batches by `init_loss_increase`, on labels drawn from the model's own predictions: where it is sure and
-        wrong, noise lowers the loss of the true ones. It is found in at most ten more passes. An adapter that is
-        calibrated again keeps its variances.
+        wrong, noise lowers the loss of the true ones. Encoder-decoders, and labels that are no classes, keep the true
+        ones. It is found in at most ten more passes. An adapter that is calibrated again keeps its variances.
 
         Args:
             batches (`Iterable`): model inputs with `labels` (a number as `init_noise_std` needs none): mappings, or
@@ -465,19 +467,27 @@ class DipModel(BaseTuner):
         if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or of_decoder or "shift_labels" in batch:
             return batch
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with self.deterministic():
-            outputs = self.model(**send_to_device(inputs, next(self.model.parameters()).device))
-        logits = getattr(outputs, "logits", None)
-        if logits is None or logits.shape[:-1] != labels.shape or logits.shape[-1] == 1:
-            return batch
         shift = int(self.shifts_labels)
-        labels = labels.to(logits.device, copy=True)
-        targets, predictions = labels[..., shift:], logits.narrow(-2, 0, labels.shape[-1] - shift)
+        with self.deterministic(), self.hidden_states_taken(labels.shape) if shift else contextlib.nullcontext():
+            outputs = self.model(**send_to_device(inputs, next(self.model.parameters()).device))
+            taken = self._head_inputs.pop()
+        states: torch.Tensor | None = getattr(outputs, "logits", None)
+        logits_of: Callable[[torch.Tensor], torch.Tensor] = nn.Identity()
+        if taken is not None:
+            states, logits_of = taken[0], taken[1].logits
+        if states is None or states.shape[:-1] != labels.shape or states.shape[-1] == 1:
+            return batch
+        labels = labels.to(states.device, copy=True)
+        targets, states = labels[..., shift:], states.narrow(-2, 0, labels.shape[-1] - shift)
         supervised = targets != objective.IGNORE_INDEX
-        if supervised.any():
-            probs = predictions[supervised].float().softmax(-1)
-            generator = torch.Generator(probs.device).manual_seed(seed)
-            targets[supervised] = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+        generator = torch.Generator(states.device).manual_seed(seed)
+        drawn = [
+            torch.multinomial(logits_of(chunk).float().softmax(-1), 1, generator=generator).squeeze(-1)
+            for chunk in states[supervised].split(_TOKENS_DRAWN_AT_ONCE)
+            if len(chunk)
+        ]
+        if drawn:
+            targets[supervised] = torch.cat(drawn)
         return {**batch, "labels": labels}
 
     def _loss_sum(self, batch: Any, plain: bool) -> torch.Tensor:

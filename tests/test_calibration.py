@@ -109,6 +109,22 @@ def test_the_level_is_that_of_the_predictions_whatever_the_labels_say():
     assert levels[0] == levels[1]
 
 
+def test_labels_are_drawn_from_the_predictions_without_whole_logits():
+    model, batch = outlier_model(init_noise_std=0.1), make_outlier_batch(num_rows=8)
+    expected = predictions(model.eval(), batch).exp()
+    shapes = []
+    model.get_base_model().register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape))
+    supervised, counts = batch["labels"][:, 1:] != -100, torch.zeros_like(expected)
+    for seed in range(400):
+        with torch.no_grad():
+            drawn = model.base_model._draw_labels(batch, seed)["labels"]
+        assert torch.equal(drawn == -100, batch["labels"] == -100)
+        counts[torch.arange(len(expected)), drawn[:, 1:][supervised]] += 1
+    deviations = (counts / 400 - expected) / (expected * (1 - expected) / 400).sqrt().clamp(min=1 / 400)
+    assert deviations.abs().max() < 5
+    assert {shape[1] for shape in shapes} == {0}  # the head saw no token
+
+
 def test_the_level_hardly_depends_on_the_draws(monkeypatch):
     """In pairs, what is linear in the noise cancels; a single draw of it would decide the level."""
     batches, stds = [make_outlier_batch(num_rows=4)], []
