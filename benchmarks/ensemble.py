@@ -101,7 +101,7 @@ def build(hidden: int, layers: str) -> nn.Module:
     model = LlamaForCausalLM(config).to(DEVICE, DTYPE)
     if layers != "none":
         projected = list(range(NUM_LAYERS // 2, NUM_LAYERS)) if layers == "upper" else None
-        dip = DipConfig(noise_scale="absolute", init_noise_std=0.05, layers_to_transform=projected)
+        dip = DipConfig(weights="frozen", noise_scale="absolute", init_noise_std=0.05, layers_to_transform=projected)
         model = get_dip_model(model, dip)
     return model.eval()
 

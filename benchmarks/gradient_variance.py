@@ -1,4 +1,4 @@
-"""What a noise sample buys: the variance of the gradient per FLOP, for samples alone, in pairs or after one prompt.
+"""What a noise sample buys: the variance of the gradient per FLOP, for independent samples and for pairs.
 
     python benchmarks/gradient_variance.py       # table, figure and benchmarks/results/gradient_variance-cpu.*
 
@@ -31,8 +31,8 @@ CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "stories260k-gsm8k-
 BATCH_SIZE = 4
 NUM_DATA_BATCHES = 32
 NOISE_STDS = (0.1, 0.3)
-KINDS = {"independent": {}, "pairs": {"antithetic": True}, "shared prompt": {"shared_prompt_noise": True}}
-CASES = [(1, "independent")] + [(num_samples, kind) for num_samples in (2, 4, 8) for kind in KINDS]
+SAMPLINGS = ("independent", "pairs")
+CASES = [(1, "independent")] + [(num_samples, sampling) for num_samples in (2, 4, 8) for sampling in SAMPLINGS]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     for std, num_steps in tqdm(states, desc="states"):
         set_seed(0)
         base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        dip = DipConfig(weights="full", init_noise_std=std, alpha=0.0, beta=0.0)
+        dip = DipConfig(weights="full", init_noise_std=std, prior_weight=0.0)
         model = get_dip_model(base, dip, calibration=batches[:4]).train()
         fine_tune(model, batches, num_steps, config.training["learning_rate"])
         results += measure(model, batches, args.batches, args.draws, {"noise_std": std, "num_steps": num_steps})
@@ -80,9 +80,8 @@ def measure(model, batches: list[dict], num_batches: int, num_draws: int, state:
         of_batches = torch.stack([gradient(model, batch) for batch in batches[:NUM_DATA_BATCHES]])
     of_data, mean_square = float(of_batches.var(0).sum()), float(of_batches.mean(0).square().sum())
     rows = []
-    for num_samples, kind in CASES:
-        settings = {"num_samples": num_samples, "antithetic": False, "shared_prompt_noise": False} | KINDS[kind]
-        vars(model.base_model.active_dip_config).update(settings)
+    for num_samples, sampling in CASES:
+        vars(model.base_model.active_dip_config).update(num_samples=num_samples, sampling=sampling)
         of_noise = [total_variance(gradient(model, b) for _ in range(num_draws)) for b in batches[:num_batches]]
         flops = count_flops(model, batches[0])
         first = rows[0] if rows else {"noise_variance": statistics.mean(of_noise), "flops": flops}
@@ -92,7 +91,7 @@ def measure(model, batches: list[dict], num_batches: int, num_draws: int, state:
             {
                 **state,
                 "num_samples": num_samples,
-                "kind": kind,
+                "sampling": sampling,
                 "noise_variance": statistics.mean(of_noise),
                 "noise_variance_std": statistics.stdev(of_noise),
                 "data_variance": of_data,
@@ -133,7 +132,7 @@ def print_table(rows: list[dict]) -> None:
     print(f"{'std':>4} {'steps':>5} {'S':>2} {'':<13}  noise variance  FLOPs  product  noise share  total product")
     for row in rows:
         print(
-            f"{row['noise_std']:>4} {row['num_steps']:>5} {row['num_samples']:>2} {row['kind']:<13}  "
+            f"{row['noise_std']:>4} {row['num_steps']:>5} {row['num_samples']:>2} {row['sampling']:<13}  "
             f"{row['noise_variance_ratio']:>14.3f} {row['flops_ratio']:>6.2f} "
             f"{row['noise_variance_times_flops']:>8.2f} "
             f"{row['noise_share']:>12.2f} {row['total_variance_times_flops']:>14.2f}"
@@ -147,14 +146,14 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(NOISE_STDS), figsize=(9, 4.6), sharey=True, layout="constrained")
     for axis, std in zip(axes, NOISE_STDS, strict=True):
         for num_steps, style in zip(sorted({row["num_steps"] for row in rows}), ("-", "--"), strict=False):
-            for kind, color in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+            for sampling, color in zip(SAMPLINGS, ("tab:blue", "tab:orange"), strict=True):
                 curve = [
                     row
                     for row in rows
                     if (row["noise_std"], row["num_steps"]) == (std, num_steps)
-                    and (row["kind"] == kind or row["num_samples"] == 1)
+                    and (row["sampling"] == sampling or row["num_samples"] == 1)
                 ]
-                label = f"{kind}, after {num_steps} steps"
+                label = f"{sampling}, after {num_steps} steps"
                 values = [row["noise_variance_times_flops"] for row in curve]
                 axis.plot([row["num_samples"] for row in curve], values, style, color=color, marker="o", label=label)
         axis.axhline(1, color="grey", linestyle=":")

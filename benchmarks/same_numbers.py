@@ -135,7 +135,7 @@ def numbers_of(checkout: Path) -> dict[str, str]:
     child = subprocess.run(
         [sys.executable, __file__, "--write"],
         cwd=checkout,
-        env={**os.environ, "PYTHONPATH": str(checkout), "TRANSFORMERS_VERBOSITY": "error"},
+        env={**os.environ, "PYTHONPATH": str(checkout), "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         check=True,
         text=True,

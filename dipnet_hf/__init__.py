@@ -8,8 +8,9 @@ __version__ = "0.2.0"
 from . import registry  # noqa: F401
 from .config import DipConfig
 from .ensemble import predict
+from .loss import DipLoss, dip_loss
 from .model import DipModel, get_dip_model
-from .objective import DipLoss, dip_loss, kl_weights
+from .objective import kl_weights
 
 __all__ = [
     "DipConfig",

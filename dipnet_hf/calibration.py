@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration_loss import CalibrationLoss
 from .config import DipConfig
 from .projection import DipProjection
 from .scale import ScaleMeter
-
-MeanLoss = Callable[..., float | None]  # of `(batches, noise)`
-DrawLabels = Callable[[Any, int], Any]  # of `(batch, seed)`
 
 _logger = logging.getLogger(__name__)
 
@@ -97,8 +95,7 @@ def calibrate(
     config: DipConfig,
     projections: list[DipProjection],
     batches: list,
-    mean_loss: MeanLoss,
-    draw_labels: DrawLabels,
+    batch_loss: CalibrationLoss,
 ) -> None:
     """Set the scale of the sites and, where it is to be found, the std at which their variances begin.
 
@@ -109,8 +106,7 @@ def calibrate(
         config (`DipConfig`): of the adapter.
         projections (`list[DipProjection]`): its sites.
         batches (`list`): model inputs.
-        mean_loss (`Callable`): `(batches, noise)` to the mean loss with noise off or on, None where there is none.
-        draw_labels (`Callable`): `(batch, seed)` to the batch with labels from the model's own predictions.
+        batch_loss (`CalibrationLoss`): of the network and these batches.
     """
     if config.noise_scale == "absolute" and config.init_noise_std != "auto":
         raise ValueError(
@@ -122,7 +118,7 @@ def calibrate(
         with evaluating(model):
             meter = ScaleMeter(model, projections)
             with meter.attached():
-                loss = mean_loss(meter.watch(batches), noise=False)
+                loss = batch_loss.mean(meter.watch(batches), noise=False)
             scales = meter.scales() if config.noise_scale == "relative" else [torch.ones(())] * len(projections)
             for projection, scale in zip(projections, scales, strict=True):
                 projection.set_noise(scale=scale)
@@ -133,10 +129,10 @@ def calibrate(
                 )
             if finds_level:
                 _check_labels(loss)
-                batches = [draw_labels(batch, seed) for seed, batch in enumerate(batches)]
-                _find_level(projections, batches, mean_loss, config.init_loss_increase)
+                batches = [batch_loss.draw_labels(batch, seed) for seed, batch in enumerate(batches)]
+                _find_level(projections, batches, batch_loss, config.init_loss_increase)
             elif loss is not None and config.init_noise_std:
-                _warn_of_high_level(loss, _noisy_loss(projections, batches, mean_loss))
+                _warn_of_high_level(loss, _noisy_loss(projections, batches, batch_loss))
     except BaseException:
         for projection, state in zip(projections, before, strict=True):
             projection.restore_noise(state)
@@ -151,27 +147,27 @@ def _check_labels(loss: float | None) -> None:
         )
 
 
-def _find_level(projections: list[DipProjection], batches: list, mean_loss: MeanLoss, increase: float) -> None:
+def _find_level(projections: list[DipProjection], batches: list, batch_loss: CalibrationLoss, increase: float) -> None:
     def loss_at(std: float) -> float:
         for projection in projections:
             projection.set_noise(std=std)
-        return _noisy_loss(projections, batches, mean_loss)
+        return _noisy_loss(projections, batches, batch_loss)
 
-    loss = _known(mean_loss(batches, noise=False))
+    loss = _known(batch_loss.mean(batches, noise=False))
     std, noisy_loss = find_std(loss_at, loss, increase)
     for projection in projections:
         projection.set_noise(std=std)
     _logger.info("Noise level %.3g found: loss of the model's own answers %.4g -> %.4g", std, loss, noisy_loss)
 
 
-def _noisy_loss(projections: list[DipProjection], batches: list, mean_loss: MeanLoss) -> float:
+def _noisy_loss(projections: list[DipProjection], batches: list, batch_loss: CalibrationLoss) -> float:
     """The loss with noise, the mean of two passes of opposite noise.
 
     What is linear in the noise cancels. It is the largest part by far, and says nothing of what noise costs.
     """
     losses = []
     for _ in range(2):
-        losses.append(mean_loss(batches, noise=True))
+        losses.append(batch_loss.mean(batches, noise=True))
         for projection in projections:
             projection.set_noise(scale=-projection.scale)
     return sum(map(_known, losses)) / 2
@@ -193,7 +189,7 @@ def noise_sweep(
     batches: list,
     stds: Sequence[float],
     per_site: bool,
-    mean_loss: MeanLoss,
+    batch_loss: CalibrationLoss,
 ) -> list[dict[str, Any]]:
     """Measure the loss at each of `stds`, with noise at all sites and at each alone; see `DipModel.noise_sweep`."""
     if not all(math.isfinite(std) and std > 0 for std in stds):
@@ -201,7 +197,7 @@ def noise_sweep(
     before = [projection.noise_state() for projection in projections]
     try:
         with evaluating(model):
-            loss = mean_loss(batches, noise=False)
+            loss = batch_loss.mean(batches, noise=False)
             if loss is None:
                 raise ValueError("noise_sweep measures the loss of the batches, and they hold no supervised token.")
             rows: list[dict[str, Any]] = [{"site": "all", "std": 0.0, "loss": loss}]
@@ -214,7 +210,7 @@ def noise_sweep(
                 for std in stds:
                     for projection in noisy:
                         projection.set_noise(std=std)
-                    rows.append({"site": site, "std": std, "loss": _noisy_loss(projections, batches, mean_loss)})
+                    rows.append({"site": site, "std": std, "loss": _noisy_loss(projections, batches, batch_loss)})
     finally:
         for projection, state in zip(projections, before, strict=True):
             projection.restore_noise(state)

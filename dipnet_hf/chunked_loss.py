@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .objective import Terms
+
 # Logits in a chunk: on a CPU few enough for the cache, on a GPU enough rows to fill it.
 _MAX_CHUNK_LOGITS = {"cpu": 2**22}
 _MAX_CHUNK_LOGITS_GPU = 2**27
@@ -38,17 +40,6 @@ class OutputHead(NamedTuple):
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
-class ChunkedLoss(NamedTuple):
-    """Scalars in float32, summed over the supervised tokens: `total` is `nll + stability` and has the gradients.
-
-    The two others are detached. `stability` is weighted.
-    """
-
-    total: torch.Tensor
-    nll: torch.Tensor
-    stability: torch.Tensor
-
-
 def chunked_loss(
     hidden_RD: torch.Tensor,
     targets_R: torch.Tensor,
@@ -56,7 +47,7 @@ def chunked_loss(
     num_samples: int,
     stability_weight: float = 0.0,
     stability_target: str = "log_prob",
-) -> ChunkedLoss:
+) -> Terms:
     """Compute eq. (2), and eq. (4) times its weight, of `num_samples` samples' hidden states.
 
     `total` can be differentiated once: its gradients are kept in place of the logits.
@@ -80,7 +71,7 @@ def chunked_loss(
         stability_target,
         torch.is_grad_enabled(),
     )
-    return ChunkedLoss(total, *terms)
+    return Terms(total, *terms, len(targets_R) // num_samples)
 
 
 class _ChunkedLoss(torch.autograd.Function):

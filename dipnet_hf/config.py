@@ -7,7 +7,7 @@ import os
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.config import PromptLearningConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -23,7 +23,8 @@ class DipConfig(PeftConfig):
 
     Args:
         weights (`PeftConfig` or `str`): how the network's own weights learn: any injectable PEFT config (LoRA, DoRA,
-            IA3, OFT, ...), `"full"` (all of them) or `"frozen"` (only the variances learn).
+            IA3, OFT, ...), by default LoRA of rank 16 on all linear layers; `"full"` (all of them) or `"frozen"` (only
+            the variances learn).
         target_sites (`str`, *optional*): whose inputs are projected: `"decoder_layer"` (the default), `"attention"`,
             `"mlp"`, `"linear"` (every linear layer within the decoder layers), or `"embedding"` (its output: the
             randomized smoothing of the paper's RS baseline).
@@ -32,7 +33,7 @@ class DipConfig(PeftConfig):
         layers_to_transform (`int` or `list[int]`, *optional*): only these layers, as in PEFT.
         layers_pattern (`str` or `list[str]`, *optional*): the layers' name for `layers_to_transform` with
             `target_modules`, as in PEFT.
-        granularity (`str`): one variance a `"channel"` (the paper's diagonal Sigma), or one a `"layer"`.
+        granularity (`str`): one variance per `"channel"` (the paper's diagonal Sigma), or one per `"layer"`.
         noise_scale (`str`): `"relative"` to the spread of each channel of a site's input, which `calibrate` measures,
             or `"absolute"`, the paper's form.
         init_noise_std (`float` or `str`): the noise's initial standard deviation, in units of the scale; or `"auto"`:
@@ -40,11 +41,9 @@ class DipConfig(PeftConfig):
         init_loss_increase (`float`): how much `"auto"` noise raises the loss of calibration's batches, in nats per
             supervised token, were the model's own predictions right: how far noise takes them from where they were.
         logvar_learning_rate (`float`): the learning rate of the log-variances; they are never weight-decayed.
-        num_samples (`int`): S of eq. (2), noise samples a training step.
-        antithetic (`bool`): with an even `num_samples`, draw samples in pairs of +eps and -eps.
-        shared_prompt_noise (`bool`): the samples share the noise, and the cost, of what stands before a row's first
-            label; the answers are copied behind it. For causal language models with eager or sdpa attention and
-            independent samples, in `dip_loss` and `DipTrainer`.
+        num_samples (`int`): S of eq. (2), noise samples per row in a training step.
+        sampling (`str`, *optional*): the samples come in `"pairs"` of +eps and -eps, the default where S is even, or
+            are `"independent"`.
         prior_std (`float`, *optional*): the standard deviation of the prior of eq. (3), in units of the scale; by
             default the one at which the variances began. They settle below it.
         prior_weight (`float`): eq. (3) is this weight, in nats per token, times the KL divergence of the noise from
@@ -53,16 +52,21 @@ class DipConfig(PeftConfig):
         prior_reduction (`str`): eq. (3) as the `"mean"` over all sites and channels, or the `"sum"` of the paper.
         stability_loss_weight (`float`): weight of eq. (4); needs `num_samples >= 2`.
         stability_target (`str`): f of eq. (4): the target's `"log_prob"`, or the `"logits"`.
-        dipnet_hf_version (`str`, *optional*): the version that wrote the file; filled in by itself.
+        dipnet_hf_version (`str`, *optional*): the version that wrote the file; set automatically.
         alpha, beta (`float`, *optional*): the paper's weights of the variance and of the log-variance in eq. (3), in
             place of `prior_std = sqrt(beta / alpha)` and `prior_weight = 2 * beta`, as which they are kept.
+        antithetic, shared_prompt_noise (`bool`, *optional*): from files that an earlier version wrote. The first is
+            `sampling="pairs"` now; the second concerned training alone and is gone.
 
     Raises:
         ValueError: a value out of range, or fields that contradict each other; the message names what is allowed.
         TypeError: `weights` is neither a PEFT config nor one of the two words.
     """
 
-    weights: PeftConfig | dict | str = field(default="frozen", metadata={"help": "PEFT config, 'full' or 'frozen'."})
+    weights: PeftConfig | dict | str = field(
+        default_factory=lambda: LoraConfig(r=16, target_modules="all-linear"),
+        metadata={"help": "PEFT config, 'full' or 'frozen'."},
+    )
     target_sites: str | None = field(default=None, metadata={"help": f"One of {TARGET_SITES}."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Module names or a regex."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
@@ -72,9 +76,8 @@ class DipConfig(PeftConfig):
     init_noise_std: float | str = field(default="auto", metadata={"help": "Initial noise std, or 'auto'."})
     init_loss_increase: float = field(default=0.03, metadata={"help": "Nats per token that 'auto' noise costs."})
     logvar_learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the log-variances."})
-    num_samples: int = field(default=1, metadata={"help": "Noise samples a training step."})
-    antithetic: bool = field(default=True, metadata={"help": "Samples in pairs of +eps and -eps."})
-    shared_prompt_noise: bool = field(default=False, metadata={"help": "One pass over the prompt for all samples."})
+    num_samples: int = field(default=1, metadata={"help": "Noise samples per row."})
+    sampling: str | None = field(default=None, metadata={"help": "'pairs' or 'independent'."})
     prior_std: float | None = field(default=None, metadata={"help": "Std of the prior; None: init_noise_std."})
     prior_weight: float = field(default=PRIOR_WEIGHT, metadata={"help": "Weight of the KL divergence, eq. (3)."})
     prior_reduction: str = field(default="mean", metadata={"help": "'mean' or 'sum'."})
@@ -83,8 +86,16 @@ class DipConfig(PeftConfig):
     dipnet_hf_version: str | None = field(default=None, metadata={"help": "The version that wrote the file."})
     alpha: InitVar[float | None] = None
     beta: InitVar[float | None] = None
+    antithetic: InitVar[bool | None] = None
+    shared_prompt_noise: InitVar[bool | None] = None
 
-    def __post_init__(self, alpha: float | None, beta: float | None) -> None:
+    def __post_init__(
+        self,
+        alpha: float | None,
+        beta: float | None,
+        antithetic: bool | None,
+        shared_prompt_noise: bool | None,
+    ) -> None:
         super().__post_init__()
         self.peft_type = "DIP"
         if self.dipnet_hf_version is None:
@@ -96,6 +107,8 @@ class DipConfig(PeftConfig):
         self._check_noise()
         self._take_paper_prior(alpha, beta)
         self._check_prior()
+        if antithetic is not None and self.sampling is None:
+            self.sampling = "pairs" if antithetic else "independent"
         self._check_samples()
 
     def _check_weights(self) -> None:
@@ -183,16 +196,13 @@ class DipConfig(PeftConfig):
             raise ValueError(
                 f"stability_loss_weight={self.stability_loss_weight} needs num_samples >= 2: one has no variance."
             )
-        if self.antithetic and self.num_samples > 1 and self.num_samples % 2:
+        if self.sampling is None:
+            self.sampling = "independent" if self.num_samples % 2 else "pairs"
+        _check_choice("sampling", self.sampling, ("pairs", "independent"))
+        if self.sampling == "pairs" and self.num_samples > 1 and self.num_samples % 2:
             raise ValueError(
-                f"antithetic samples come in pairs: num_samples must be even, got {self.num_samples}. "
-                "Change it, or set antithetic=False."
-            )
-
-        if self.shared_prompt_noise and (self.num_samples == 1 or self.antithetic):
-            raise ValueError(
-                "shared_prompt_noise needs num_samples >= 2 and antithetic=False: the prompt's noise has no opposite; "
-                f"got num_samples={self.num_samples} and antithetic={self.antithetic}."
+                f'sampling="pairs" needs an even num_samples, got {self.num_samples}. Change it, or set '
+                'sampling="independent".'
             )
 
     def to_dict(self) -> dict[str, Any]:

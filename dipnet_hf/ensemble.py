@@ -1,4 +1,4 @@
-"""Inference with k trajectories through the network, Algorithm 2: one forward pass of k times the rows, averaged.
+"""Inference with the mean of k noisy samples, Algorithm 2: one forward pass of k times the rows, averaged.
 
 Rows are repeated inside the model and averaged before its output leaves it, so that `forward` and `generate` keep
 their shapes. Where only the upper layers are projected, the rows are repeated there: what lies below runs once.
@@ -13,23 +13,23 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, StaticCache
+from transformers import StaticCache
 from transformers.generation import GenerationConfig, GenerationMode
 
-from .noise import PositionNoise, Positions, add_noise, fold_in, locate, shaped_std
-from .projection import DipProjection, SiteDraw
-from .rows import RowRepeater
+from .architecture import RECURRENT_STATES, TEXT_INPUTS, context_length, is_encoder_decoder, setting, text_config
+from .draws import PositionDraw, SiteDraw
+from .late_expansion import LateExpansion
+from .noise import PositionNoise, fold_in, locate
+from .passes import Inputs
+from .projection import DipProjection
 from .uncertainty import Prediction, predictive_entropies
 
-_TEXT_INPUTS = ("input_ids", "inputs_embeds")
 _CACHES = (None, "dynamic", "offloaded")
-# States that recurrent models carry under other names than `past_key_values`, and that tell no position.
-_STATES = ("cache_params", "state")
 
 
 def mean_prob(logits_SBLV: torch.Tensor) -> torch.Tensor:
@@ -51,43 +51,11 @@ def mean_logit(logits_SBLV: torch.Tensor) -> torch.Tensor:
 AVERAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"prob": mean_prob, "logit": mean_logit}
 
 
-class TrajectoryDraw(NamedTuple):
-    """What decides a site's noise in one forward pass of k trajectories."""
-
-    key: torch.Tensor
-    num_samples: int
-    noise: PositionNoise
-    positions: Positions | None  # None for inputs without positions, such as images
-
-    def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
-        """See `SiteDraw`."""
-        if self.positions is None:
-            noise = self.noise.whole(x.shape[1:], x.device)
-            std = shaped_std(x, logvar, scale, channel_dim)
-            return add_noise(x.unflatten(0, (self.num_samples, -1)), noise, std).flatten(0, 1)
-        noise = self.noise.at(self.positions, x.shape[-1], x.device)
-        rows, length = x.shape[0] // self.num_samples, noise.shape[2]
-        if x.dim() == 2:  # an expert's or OPT's layer, whose tokens are in one row
-            rows = rows // length
-        if x.numel() != self.num_samples * rows * length * x.shape[-1]:
-            raise ValueError(
-                f"An ensemble's noise is one of each token, and a site's input of shape {tuple(x.shape)} does not "
-                f"hold {self.num_samples} samples of {length} tokens. Choose sites that see every token."
-            )
-        x_SBLD = x.reshape(self.num_samples, rows, length, x.shape[-1])
-        return add_noise(x_SBLD, noise, shaped_std(x, logvar, scale, -1)).view(x.shape)
-
-    def repeated(self, number: int) -> "TrajectoryDraw":
-        """See `SiteDraw`."""
-        key = fold_in(self.key, number)
-        return self._replace(key=key, noise=PositionNoise(key, self.num_samples))
-
-
 class Ensemble:
-    """Makes a model's forward pass one of `num_samples` trajectories, while it is attached.
+    """The `Pass` of `num_samples` samples per row, whose mean the model returns.
 
     Args:
-        model (`nn.Module`): the network itself, whose sites draw what `begin_forward` gives them.
+        model (`nn.Module`): the network itself.
         layers (`list[nn.Module]`): the layers from the first projected one on, if nothing below them is projected;
             rows are repeated there in passes without gradients. Empty: always at the model's inputs.
         projections (`list[DipProjection]`): the sites, in the order of the modules.
@@ -115,14 +83,14 @@ class Ensemble:
             raise ValueError(
                 "An ensemble needs the noise of a DIP adapter, and none is active: call set_adapter(name)."
             )
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(model):
             raise ValueError(
                 f"{type(model).__name__} is an encoder-decoder, which an ensemble does not support. Draw the samples "
                 "one by one with model.sampling(seed)."
             )
         self.model: Any = model
         self.projections = projections
-        self._rows = RowRepeater(model, layers, num_samples)
+        self._expansion = LateExpansion(model, layers, num_samples)
         self.shifts_labels = shifts_labels
         self.num_samples = num_samples
         self.combine = combine
@@ -148,9 +116,10 @@ class Ensemble:
         previous = {name: attributes[name] for name in replaced if name in attributes}
         attributes.update(replaced)
         try:
-            with self._rows.attached():
+            with self._expansion.attached():
                 yield
         finally:
+            self._forget_draws()
             hook.remove()
             for name in replaced:
                 del attributes[name]
@@ -158,53 +127,45 @@ class Ensemble:
 
     # ---- into the model ----
 
-    def begin_forward(
+    def begin(
         self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
-    ) -> tuple[dict[str, Any], Sequence[SiteDraw]]:
-        """Repeat the inputs once a sample.
-
-        Args:
-            projections (`list[DipProjection]`): the sites that draw now.
-
-        Returns:
-            `tuple`: the model's keyword arguments, and every site's draw.
+    ) -> tuple[Inputs | None, Sequence[SiteDraw]]:
+        """Repeat the inputs once per sample; see `Pass`.
 
         Raises:
             ValueError: an input that cannot be repeated, an empty or too long prompt, a cache from elsewhere, an
                 output that has no mean, or other sites than when the ensemble began.
         """
+        self._num_rows = None
+        self._expansion.stop()  # of a pass that failed
+        if not projections:
+            return None, []  # without noise one sample is as good as many
         if projections != self.projections:
             raise ValueError("The adapter was changed within an ensemble: change it before the ensemble begins.")
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
-        names = (*_TEXT_INPUTS, getattr(self.model, "main_input_name", ""), *inputs)
+        names = (*TEXT_INPUTS, getattr(self.model, "main_input_name", ""), *inputs)
         name = next((name for name in names if isinstance(inputs.get(name), torch.Tensor)), None)
         if name is None:
             raise ValueError(f"An ensemble repeats the rows of a tensor, and the inputs {list(inputs)} hold none.")
         main = inputs[name]
         self._num_rows = main.shape[0]
-        self._rows.end_forward()  # of a pass that failed
         _check_prompt(main)
         self._check_inputs(inputs, main)
         self._labels = self._pop_labels(inputs)
         positions = None
-        if name in _TEXT_INPUTS:
+        if name in TEXT_INPUTS:
             positions_BL = self._positions(inputs, main).cpu()
             self._check_positions(positions_BL, padded=inputs.get("attention_mask") is not None)
             positions = locate(positions_BL, main.device)
         draws = [
-            TrajectoryDraw(key, self.num_samples, noise, positions)
+            PositionDraw(key, self.num_samples, noise, positions)
             for key, noise in zip(self._keys, self._noises, strict=True)
         ]
-        if self._rows.can_enter(inputs) and not torch.is_grad_enabled():
-            self._rows.begin_forward(self._num_rows)
+        if self._expansion.is_possible(inputs) and not torch.is_grad_enabled():
+            self._expansion.start(self._num_rows)
         else:
             inputs = {name: self._repeat_input(name, value) for name, value in inputs.items()}
-        return inputs, draws
-
-    def skip_forward(self) -> None:
-        """Note that the forward pass that begins now draws no noise, so it needs no samples."""
-        self._num_rows = None
-        self._rows.end_forward()
+        return ((), inputs), draws
 
     def _positions(self, inputs: dict[str, Any], main: torch.Tensor) -> torch.Tensor:
         """Every token's position in its own sequence, of shape `(B, L)` or `(1, L)`: padding does not count."""
@@ -223,7 +184,7 @@ class Ensemble:
         if name == "position_ids" and value.dim() == 3:  # of several axes, for images within text
             return value.repeat(1, self.num_samples, 1)
         if value.shape[0] == self._num_rows:
-            return self._rows.repeat(value)
+            return self._expansion.repeat(value)
         if value.shape[0] == 1:
             return value
         raise ValueError(
@@ -234,14 +195,13 @@ class Ensemble:
     # ---- out of the model ----
 
     def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Combine the trajectories' logits, and compute the loss of the result."""
+        """Combine the samples' logits, and compute the loss of the result."""
         if self._num_rows is None:
             return None
         rows = self.num_samples * self._num_rows
         self._num_rows = None
-        self._rows.end_forward()
-        for projection in self.projections:
-            projection.forget_draw()  # a part of the model that is called by itself must not draw from it
+        self._expansion.stop()
+        self._forget_draws()  # a part of the model that is called by itself must not draw from them
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
         if logits is None:
             raise ValueError(f"An ensemble averages logits, and {type(module).__name__} returns none.")
@@ -256,8 +216,12 @@ class Ensemble:
             return output
         return type(output)(**{**output, "logits": logits, "loss": loss})
 
+    def _forget_draws(self) -> None:
+        for projection in self.projections:
+            projection.forget_draw()
+
     def _pop_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Take what the loss needs out of the inputs: it is that of the result, not of the trajectories."""
+        """Take what the loss needs out of the inputs: it is that of the result, not of the samples."""
         if inputs.get("labels") is None:
             return {}
         if not self.shifts_labels:
@@ -269,7 +233,7 @@ class Ensemble:
     def _loss(self, logits: torch.Tensor) -> torch.Tensor | None:
         if not self._labels:
             return None
-        vocab_size = self.model.config.get_text_config().vocab_size
+        vocab_size = text_config(self.model).vocab_size
         return self.model.loss_function(logits=logits, vocab_size=vocab_size, **self._labels)
 
     # ---- checks ----
@@ -278,9 +242,12 @@ class Ensemble:
         if packed := [name for name in inputs if name.startswith("cu_seq_lens") and inputs[name] is not None]:
             raise ValueError(f"An ensemble takes padded batches, not sequences packed into one row ({packed[0]}).")
         for name in ("output_hidden_states", "output_attentions"):
-            if inputs.get(name) or getattr(getattr(self.model, "config", None), name, None):
-                raise ValueError(f"{name}: an ensemble's trajectories have no common ones. Use model.sampling(seed).")
-        if states := [name for name in _STATES if inputs.get(name) is not None]:
+            if inputs.get(name) or setting(self.model, name):
+                raise ValueError(
+                    f"{name} is not available inside model.ensemble(): each of the samples has its own. Use "
+                    "model.sampling(seed)."
+                )
+        if states := [name for name in RECURRENT_STATES if inputs.get(name) is not None]:
             raise ValueError(
                 f"{type(self.model).__name__} keeps {states[0]}, which tells no position: use_cache=False."
             )
@@ -300,8 +267,7 @@ class Ensemble:
             return
         if not padded and (positions_BL.diff() != 1).any():
             raise ValueError("An ensemble takes padded batches with their mask, not sequences packed by position_ids.")
-        config = self.model.config.get_text_config() if isinstance(self.model, PreTrainedModel) else None
-        context = getattr(config, "max_position_embeddings", None)
+        context = context_length(self.model)
         last = int(positions_BL.max())
         if context is not None and last >= context:
             raise ValueError(
@@ -309,7 +275,7 @@ class Ensemble:
             )
 
     def _generate(self, generate: Callable, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        prompt = next((p for p in (inputs, *map(kwargs.get, _TEXT_INPUTS)) if p is not None), None)
+        prompt = next((p for p in (inputs, *map(kwargs.get, TEXT_INPUTS)) if p is not None), None)
         if prompt is not None:
             _check_prompt(prompt)
         _check_cache(kwargs.get("cache_implementation"))
@@ -319,7 +285,7 @@ class Ensemble:
         raise ValueError("Continuous batching is not supported in an ensemble: use generate, on padded batches.")
 
     def _check_generation(self, mode: GenerationMode, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
-        """Refuse what would mix up the trajectories, before the generation starts."""
+        """Refuse what would mix up the samples, before the generation starts."""
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(
                 f"An ensemble chooses one token at a time, greedily or by sampling; got {mode.value}. Set num_beams=1 "
@@ -342,7 +308,7 @@ def _check_prompt(prompt: torch.Tensor) -> None:
 
 
 def predict(model: PeftModel, inputs: Mapping[str, Any], num_samples: int, seed: int = 0) -> Prediction:
-    """Predict with k trajectories, and say what they disagree on; no gradients.
+    """Predict with k noisy samples, and say what they disagree on; no gradients.
 
     Args:
         model (`PeftModel`): with a DIP adapter, in eval mode.
@@ -357,9 +323,9 @@ def predict(model: PeftModel, inputs: Mapping[str, Any], num_samples: int, seed:
     Raises:
         ValueError: the model has no DIP adapter, or as `model.ensemble` does.
     """
-    if not hasattr(model, "trajectories"):
+    if not hasattr(model, "ensemble_samples"):
         raise ValueError(f"predict needs a model with a DIP adapter, from get_dip_model, got {type(model).__name__}.")
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.no_grad(), model.trajectories(num_samples, seed):
+    with torch.no_grad(), model.ensemble_samples(num_samples, seed):
         logits_SBLV = model(**inputs).logits
     return predictive_entropies(torch.log_softmax(logits_SBLV.float(), dim=-1))

@@ -2,33 +2,30 @@
 
 import contextlib
 import copy
-import functools
-import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from . import objective
+from .architecture import decoder_layers, is_encoder_decoder, shifts_labels
 from .calibration import calibrate, noise_sweep
+from .calibration_loss import CalibrationLoss
 from .config import DipConfig
+from .draws import RecomputeMemory
 from .ensemble import AVERAGES, Ensemble
-from .head_inputs import HeadInputs
-from .noise import fold_in, new_key
-from .projection import DipProjection, Draw, DrawMemory, NoiseSwitch, SiteDraw
-from .rows import RowRepeater
-from .scale import num_processes
-from .shared_prompt import check_shares_prompts, lengthen
-from .sites import decoder_layers, find_sites
+from .hidden_states import HiddenStateCapture
+from .late_expansion import LateExpansion
+from .passes import FreshPass, KeySource, Pass
+from .projection import DipProjection, NoiseSwitch
+from .sites import find_sites
 from .weights import (
     check_fits,
     check_sites,
@@ -38,8 +35,6 @@ from .weights import (
     tuner_of,
     upgrade_noise,
 )
-
-_TOKENS_DRAWN_AT_ONCE = 256  # their probabilities take 268 MB at a vocabulary of 262,144
 
 
 def get_dip_model(
@@ -69,7 +64,7 @@ def get_dip_model(
         raise TypeError(f"config must be a DipConfig, got {type(config).__name__}. Put it in DipConfig(weights=...).")
     config = copy.deepcopy(config)
     if config.task_type is None and isinstance(model, PreTrainedModel) and model.can_generate():
-        config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        config.task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     if calibration is not None:
         peft_model.calibrate(calibration)
@@ -96,12 +91,9 @@ class DipModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._projections: list[DipProjection] = []
         self.switch = NoiseSwitch()
-        self._memory = DrawMemory()
-        self._antithetic = False
-        self._seeded: tuple[torch.Tensor, torch.Tensor] | None = None  # the seed and the number of the forward pass
-        self._ensemble: Ensemble | None = None
-        self._rows: RowRepeater | None = None  # in a training pass on several copies of the rows
-        self._head_inputs = HeadInputs(model)
+        self._memory = RecomputeMemory()
+        self._pass: FreshPass | Ensemble = FreshPass(KeySource())
+        self.hidden_state_capture = HiddenStateCapture(model, without_noise=self.deterministic)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
@@ -208,18 +200,7 @@ class DipModel(BaseTuner):
                 )
             return None
         projections = [projection for projection in self._projections if projection.sampling]
-        changed = None
-        if self._ensemble is not None and projections:
-            inputs, draws = self._ensemble.begin_forward(args, kwargs, projections)
-            changed = (), inputs
-        else:
-            draws = self._new_draws(len(projections))
-            if self._ensemble is not None:
-                self._ensemble.skip_forward()
-            if self._rows is not None:
-                self._rows.end_forward()
-                if projections and not args and self._rows.can_enter_in_training(kwargs):
-                    changed = (), self._rows.first_copy(kwargs)
+        changed, draws = self._pass.begin(args, kwargs, projections)
         for projection, draw in zip(projections, draws, strict=True):
             projection.begin_forward(draw)
         if torch.compiler.is_compiling():
@@ -229,19 +210,6 @@ class DipModel(BaseTuner):
             # Nothing is recomputed for a pass without gradients, and an ensemble's draws hold its noise.
             self._memory.remember(dict(zip(names, draws, strict=True)) if torch.is_grad_enabled() else {})
         return changed
-
-    def _new_draws(self, num_sites: int) -> Sequence[SiteDraw]:
-        if num_sites == 0:
-            return []
-        if self._seeded is None:
-            forward_key = new_key()
-        else:
-            seed, step = self._seeded
-            forward_key = fold_in(seed, step)
-            self._seeded = (seed, step + 1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            forward_key = fold_in(forward_key, torch.distributed.get_rank())  # ranks are often seeded alike
-        return [Draw(key, self._antithetic) for key in fold_in(forward_key, torch.arange(num_sites)).unbind()]
 
     @contextlib.contextmanager
     def _switched(self, on: bool | None) -> Iterator[None]:
@@ -259,15 +227,22 @@ class DipModel(BaseTuner):
             seed (`int`, *optional*): the draws of the n-th forward in this context are a function of the seed, n and
                 the process's rank. Without it every forward draws a fresh key from PyTorch's global generator.
         """
-        if self._ensemble is not None:
-            raise ValueError("This model is in an ensemble, whose seed decides its noise: leave it first.")
-        previous = self._seeded
-        self._seeded = None if seed is None else (torch.tensor(seed), torch.tensor(0))
+        self._check_no_ensemble()
+        with self._switched(on=True), self._running(FreshPass(KeySource(seed))):
+            yield
+
+    @contextlib.contextmanager
+    def _running(self, new_pass: Pass) -> Iterator[None]:
+        previous, self._pass = self._pass, new_pass
         try:
-            with self._switched(on=True):
+            with new_pass.attached():
                 yield
         finally:
-            self._seeded = previous
+            self._pass = previous
+
+    def _check_no_ensemble(self) -> None:
+        if isinstance(self._pass, Ensemble):
+            raise ValueError("This model is in an ensemble, whose seed decides its noise: leave it first.")
 
     def deterministic(self) -> contextlib.AbstractContextManager[None]:
         """Noise off, in `train()` and in `eval()` (Algorithm 3)."""
@@ -275,17 +250,17 @@ class DipModel(BaseTuner):
 
     @contextlib.contextmanager
     def ensemble(self, num_samples: int, average: str = "prob", seed: int = 0) -> Iterator[None]:
-        """Answer for the mean of k trajectories (Algorithm 2), with unchanged shapes, in `forward` and `generate`.
+        """Answer for the mean of k noisy samples (Algorithm 2), with unchanged shapes, in `forward` and `generate`.
 
         Inside this context the model's `logits` are those of the mean, `labels` give its loss, and `generate` chooses
         each token once, greedily or by sampling. A token's noise is a function of the seed, the site, the sample and
-        the token's position: a cached step, another batch or another padding sees the same k networks. A cache holds
+        the token's position: a cached step, another batch or another padding sees the same noise. A cache holds
         k rows a prompt. Without gradients, layers below the first projected one run once a prompt.
 
         Args:
             num_samples (`int`): k.
             average (`str`): `"prob"`, the log of the mean probability, or `"logit"`, the mean of the logits.
-            seed (`int`): which k networks.
+            seed (`int`): which k samples.
 
         Raises:
             ValueError: an argument out of range; an encoder-decoder; no active DIP adapter; another ensemble around
@@ -294,37 +269,30 @@ class DipModel(BaseTuner):
         """
         if average not in AVERAGES:
             raise ValueError(f"average must be one of {list(AVERAGES)}, got {average!r}.")
-        with self.trajectories(num_samples, seed, AVERAGES[average]):
+        with self.ensemble_samples(num_samples, seed, AVERAGES[average]):
             yield
 
     @contextlib.contextmanager
-    def trajectories(
+    def ensemble_samples(
         self, num_samples: int, seed: int = 0, combine: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
     ) -> Iterator[None]:
         """The forward pass of `ensemble`, with what `combine` makes of the logits of shape `(k, B, ...)`: nothing."""
-        if self._ensemble is not None:
-            raise ValueError("This model is in an ensemble already: leave it before another begins.")
+        self._check_no_ensemble()
         ensemble = Ensemble(
             model=self.model,
             layers=self._layers_from_first_site(),
             projections=self._active_projections(),
-            shifts_labels=self.shifts_labels,
+            shifts_labels=shifts_labels(self.model),
             num_samples=num_samples,
             combine=combine,
             seed=seed,
         )
-        self._ensemble = ensemble
-        try:
-            with self._switched(on=True), ensemble.attached():
-                yield
-        finally:
-            self._ensemble = None
-            for projection in self._projections:
-                projection.forget_draw()
+        with self._switched(on=True), self._running(ensemble):
+            yield
 
     def _layers_from_first_site(self) -> list[nn.Module]:
         """The decoder layers from the first projected one on; none if noise enters below the second layer."""
-        if not self.shifts_labels:
+        if not shifts_labels(self.model):
             return []
         layers = decoder_layers(self.model)
         numbers = [
@@ -335,51 +303,24 @@ class DipModel(BaseTuner):
         return [layer for _, layer in layers[first:]] if first > 0 else []
 
     @contextlib.contextmanager
-    def sampled_rows(self, num_samples: int, antithetic: bool) -> Iterator[None]:
+    def sampled_rows(self) -> Iterator[None]:
         """A training pass on `num_samples` equal copies of a batch's rows, sample by sample. `dip_loss` enters it.
 
         Layers below the first projected one run on one copy; dropout there is the same for all. What is returned has
         all rows.
 
-        Args:
-            num_samples (`int`): S.
-            antithetic (`bool`): the second half of the samples gets the negative noise of the first half.
+        Raises:
+            ValueError: the model is in an ensemble.
         """
-        layers = self._layers_from_first_site() if num_samples > 1 else []
-        previous = self._antithetic, self._rows
-        self._antithetic, self._rows = antithetic and num_samples > 1, RowRepeater(self.model, layers, num_samples)
-        try:
-            with self._rows.attached():
-                yield
-        finally:
-            self._antithetic, self._rows = previous
-
-    @contextlib.contextmanager
-    def hidden_states_taken(self, shape: torch.Size) -> Iterator[HeadInputs]:
-        """A training pass that gives the hidden states before the output head, see `HeadInputs`. `dip_loss` enters it.
-
-        Args:
-            shape (`torch.Size`): that of the labels: all rows, and the sequence length.
-        """
-        with self.deterministic():
-            self._head_inputs.compare()
-        with self._head_inputs.taken(shape):
-            yield self._head_inputs
-
-    @property
-    def has_plain_loss(self) -> bool:
-        """Whether the network's own loss is the negative log-likelihood of the next token and nothing else."""
-        if not self.shifts_labels:
-            return False
-        with self.deterministic():
-            return self._head_inputs.compare().loss_is_plain
-
-    def share_prompts(self, batch: dict[str, Any], num_samples: int) -> tuple[dict[str, Any], torch.Tensor]:
-        """A batch whose rows hold `num_samples` answers after one prompt, see `shared_prompt.lengthen`."""
-        if not self.shifts_labels:
-            raise ValueError(f"shared_prompt_noise is for causal language models, not {type(self.model).__name__}.")
-        check_shares_prompts(self.model)
-        return lengthen(self.model, batch, num_samples)
+        if isinstance(self._pass, Ensemble):
+            raise ValueError("The objective is of training, and this model is in an ensemble: leave it first.")
+        config = self.active_dip_config
+        if config.num_samples == 1:
+            yield
+            return
+        expansion = LateExpansion(self.model, self._layers_from_first_site(), config.num_samples)
+        with self._running(FreshPass(self._pass.keys, config.sampling == "pairs", expansion)):
+            yield
 
     def calibrate(self, batches: Iterable) -> None:
         """Find the noise that fits this model: its scale, and with `init_noise_std="auto"` its level.
@@ -402,9 +343,12 @@ class DipModel(BaseTuner):
         """
         self._check_calibration()
         batches = list(batches)
-        mean_loss = functools.partial(self._mean_loss, plain=self._is_plain(batches))
         calibrate(
-            self.model, self.active_dip_config, self._active_projections(), batches, mean_loss, self._draw_labels
+            self.model,
+            self.active_dip_config,
+            self._active_projections(),
+            batches,
+            self._calibration_loss(batches),
         )
 
     def noise_sweep(self, batches: Iterable, stds: Sequence[float], per_site: bool = True) -> list[dict[str, Any]]:
@@ -428,8 +372,9 @@ class DipModel(BaseTuner):
         if self.needs_calibration:
             raise ValueError("noise_sweep needs the scale of the noise: call model.calibrate(batches) first.")
         batches = list(batches)
-        mean_loss = functools.partial(self._mean_loss, plain=self._is_plain(batches))
-        return noise_sweep(self.model, self._active_projections(), batches, stds, per_site, mean_loss)
+        return noise_sweep(
+            self.model, self._active_projections(), batches, stds, per_site, self._calibration_loss(batches)
+        )
 
     def _check_calibration(self) -> None:
         projections = self._active_projections()
@@ -437,78 +382,13 @@ class DipModel(BaseTuner):
             raise ValueError(
                 "Noise is disabled, so it cannot be measured: leave disable_adapter(), or set an adapter."
             )
-        if self._ensemble is not None:
-            raise ValueError("This model is in an ensemble, whose seed decides its noise: leave it first.")
+        self._check_no_ensemble()
 
-    def _is_plain(self, batches: list) -> bool:
-        """Whether the loss of these batches can be had without logits; not to be asked while sites are observed."""
-        has_labels = any(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches)
-        return has_labels and self.has_plain_loss
+    def _calibration_loss(self, batches: list) -> CalibrationLoss:
+        def noise(on: bool) -> contextlib.AbstractContextManager[None]:
+            return self.sampling(seed=0) if on else self.deterministic()
 
-    def _mean_loss(self, batches: Iterable, noise: bool, plain: bool) -> float | None:
-        """The model's loss per supervised token over the batches of all processes, None where no batch has one.
-
-        The noise of a process is the same at every call.
-        """
-        device = next(self.model.parameters()).device
-        total = torch.zeros(2, dtype=torch.float64)
-        with self.sampling(seed=0) if noise else self.deterministic():
-            for batch in batches:
-                total += self._loss_sum(send_to_device(batch, device), plain)
-        if num_processes() > 1:
-            total = total.to(device)
-            torch.distributed.all_reduce(total)
-        return float(total[0] / total[1]) if total[1] > 0 else None
-
-    def _draw_labels(self, batch: Any, seed: int) -> Any:
-        """Replace a batch's labels by draws from the noise-free predictions; as they are if it is not by class."""
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        of_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)  # its inputs, too
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or of_decoder or "shift_labels" in batch:
-            return batch
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        shift = int(self.shifts_labels)
-        with self.deterministic(), self.hidden_states_taken(labels.shape) if shift else contextlib.nullcontext():
-            outputs = self.model(**send_to_device(inputs, next(self.model.parameters()).device))
-            taken = self._head_inputs.pop()
-        states: torch.Tensor | None = getattr(outputs, "logits", None)
-        logits_of: Callable[[torch.Tensor], torch.Tensor] = nn.Identity()
-        if taken is not None:
-            states, logits_of = taken[0], taken[1].logits
-        if states is None or states.shape[:-1] != labels.shape or states.shape[-1] == 1:
-            return batch
-        labels = labels.to(states.device, copy=True)
-        targets, states = labels[..., shift:], states.narrow(-2, 0, labels.shape[-1] - shift)
-        supervised = targets != objective.IGNORE_INDEX
-        generator = torch.Generator(states.device).manual_seed(seed)
-        drawn = [
-            torch.multinomial(logits_of(chunk).float().softmax(-1), 1, generator=generator).squeeze(-1)
-            for chunk in states[supervised].split(_TOKENS_DRAWN_AT_ONCE)
-            if len(chunk)
-        ]
-        if drawn:
-            targets[supervised] = torch.cat(drawn)
-        return {**batch, "labels": labels}
-
-    def _loss_sum(self, batch: Any, plain: bool) -> torch.Tensor:
-        """A batch's loss, summed over its supervised tokens, and their number; zeros where the model computes none."""
-        if isinstance(batch, torch.Tensor):
-            self.model(batch)
-            return torch.zeros(2)
-        labels = batch.get("labels")
-        if labels is None or "labels" not in inspect.signature(self.model.forward).parameters:
-            outputs = self.model(**{name: value for name, value in batch.items() if name != "labels"})
-            loss = getattr(outputs, "loss", None)  # of labels by other names
-            return torch.zeros(2) if loss is None else torch.tensor([float(loss), 1.0])
-        if plain and "shift_labels" not in batch:
-            terms = objective.data_terms(self, batch, num_samples=1)
-            return torch.tensor([float(terms.nll), terms.num_tokens])
-        loss = getattr(self.model(**batch), "loss", None)
-        targets = labels[:, 1:] if self.shifts_labels else labels
-        num_items = (
-            int((targets != objective.IGNORE_INDEX).sum()) if isinstance(targets, torch.Tensor) else len(targets)
-        )
-        return torch.zeros(2) if loss is None or not num_items else torch.tensor([float(loss) * num_items, num_items])
+        return CalibrationLoss(self.model, batches, self.hidden_state_capture, noise)
 
     @property
     def needs_calibration(self) -> bool:
@@ -533,16 +413,6 @@ class DipModel(BaseTuner):
             row = {"name": projection.site.name, "scale": float(projection.scale.median())}
             rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
         return rows
-
-    @property
-    def shifts_labels(self) -> bool:
-        """Whether the labels of position t are the targets of position t - 1, as for a causal language model."""
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            return False
-        loss_type = getattr(self.model, "loss_type", None)
-        if loss_type is None:  # a class whose name tells transformers nothing, such as GPT2LMHeadModel
-            return isinstance(self.model, PreTrainedModel) and self.model.can_generate()
-        return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
 
     def logvars(self) -> list[nn.Parameter]:
         """The active adapter's log-variances, one a site."""

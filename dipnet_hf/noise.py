@@ -66,7 +66,7 @@ def _check_pairs(x: torch.Tensor, antithetic: bool) -> None:
     if antithetic and x.shape[0] % 2:
         raise ValueError(
             f"Antithetic noise needs an even number of rows, got {x.shape[0]}. Repeat the batch once a sample, "
-            "with an even num_samples, or set antithetic=False."
+            "with an even num_samples, or set sampling='independent'."
         )
 
 

@@ -5,10 +5,9 @@ wrapping the layer would not.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -16,10 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import DipConfig
-from .noise import fold_in, project
-
-# Far more than the forward passes that wait for their backward pass at any time.
-_MAX_REMEMBERED_FORWARDS = 256
+from .draws import RecomputeMemory, SiteDraw
 
 
 class Site(NamedTuple):
@@ -29,70 +25,6 @@ class Site(NamedTuple):
     num_channels: int
     channel_dim: int = -1
     at_output: bool = False
-
-
-class SiteDraw(Protocol):
-    """What decides a site's noise in one forward pass."""
-
-    def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
-        """Draw u of eq. (1)."""
-
-    def repeated(self, number: int) -> "SiteDraw":
-        """The draw for the site's `number`-th use in the same forward pass."""
-
-
-class Draw(NamedTuple):
-    """Fresh noise for every row: see `noise.draw_noise`."""
-
-    key: torch.Tensor
-    antithetic: bool
-
-    def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
-        """See `SiteDraw`."""
-        return project(x, logvar, scale, self.key, self.antithetic, channel_dim)
-
-    def repeated(self, number: int) -> "Draw":
-        """See `SiteDraw`."""
-        return self._replace(key=fold_in(self.key, number))
-
-
-class DrawMemory:
-    """The draws of recent forward passes, found again when a checkpointed layer is recomputed.
-
-    A layer is recomputed within a backward pass, while the engine evaluates a node of the graph that the layer's
-    forward pass built. Nodes are numbered as they are made, so the node's number tells which forward pass that was,
-    even if others have begun since. (A reentrant checkpoint within another makes its nodes late: there the latest
-    forward pass is taken.)
-    """
-
-    def __init__(self) -> None:
-        self._forwards: deque[tuple[int, dict[str, SiteDraw | None]]] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
-        self.blind = False  # set by a compiled forward pass, which cannot be remembered
-
-    def remember(self, draws: dict[str, SiteDraw | None]) -> None:
-        """Note the draws, by site name, of a forward pass that begins now; there are none while noise is off."""
-        self._forwards.append((torch.autograd._get_sequence_nr(), draws))
-
-    def note_repeated(self, name: str) -> None:
-        """Note that the site ran several times in the latest forward pass, so that one draw cannot stand for it."""
-        if self._forwards and name in self._forwards[-1][1]:
-            self._forwards[-1][1][name] = None
-
-    def recall(self, node: torch.autograd.graph.Node, name: str) -> SiteDraw | None:
-        """The draw that the site had in the forward pass that made `node`, None if noise was off."""
-        number = node._sequence_nr()
-        draws = next((draws for first_node, draws in reversed(self._forwards) if first_node <= number), None)
-        if self.blind:
-            raise RuntimeError(
-                f"Site '{name}' is recomputed in the backward pass of a compiled model, which does not tell which "
-                "draw to repeat. Project whole decoder layers, or switch compilation or checkpointing off."
-            )
-        if draws is None or draws.get(name, "off") is None:
-            raise RuntimeError(
-                f"Site '{name}' is recomputed in the backward pass, but it did not run exactly once in the model's "
-                "forward pass, so its noise cannot be repeated. Disable gradient checkpointing."
-            )
-        return draws.get(name)
 
 
 @dataclass
@@ -121,7 +53,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("dip_logvar",)
     other_param_names = ("dip_scale", "dip_init_std")
 
-    def __init__(self, site: Site, switch: NoiseSwitch, memory: DrawMemory) -> None:
+    def __init__(self, site: Site, switch: NoiseSwitch, memory: RecomputeMemory) -> None:
         super().__init__()
         self.site = site
         self.switch = switch

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .objective import IGNORE_INDEX
+from .architecture import is_encoder_decoder
+from .batches import IGNORE_INDEX
 from .projection import DipProjection, Site
 
 # Tokens kept per site, over all processes, as far as all sites together stay within `_MAX_VALUES`; never fewer than
@@ -77,7 +78,7 @@ class ScaleMeter:
     def _masks_for(self, site: Site) -> list[torch.Tensor]:
         """The masks that a site's tokens may have: in a decoder its own, then the encoder's, for what it reads."""
         names = ["attention_mask"]
-        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(self._model):
             inside = any(module is self._model.get_encoder() for module in _hosts(self._model, site.name))
             names = ["attention_mask"] if inside else ["decoder_attention_mask", "labels", "attention_mask"]
         return [self._masks[name] for name in names if name in self._masks]

@@ -13,8 +13,7 @@ class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with the DIP objective, completion-only, packed and padding-free data included.
 
     The data loss and `stability_target="log_prob"` come from TRL's fused head, which never builds the logits. Neither
-    does `stability_target="logits"`, nor `shared_prompt_noise`, but TRL's own training metrics (entropy, accuracy) are
-    left out there.
+    does `stability_target="logits"`, but TRL's own training metrics (entropy, accuracy) are left out there.
     """
 
     def __init__(self, model, *args, **kwargs):
@@ -27,10 +26,10 @@ class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
             if "dip_logvar" in name and parameter.dtype != torch.float32:
                 parameter.data = kept.get(name, parameter.data).float()
 
-    def _needs_no_outputs(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
-        plain = getattr(self.args, "loss_type", "nll") == "nll" and self._data_loss_is_plain(inputs)
-        shares_prompts = self._tuner().active_dip_config.shared_prompt_noise
-        return not return_outputs and plain and (self._stabilizes_logits() or shares_prompts)
+    def _can_compute_own_terms(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+        if return_outputs or not self._stabilizes_logits():
+            return False
+        return getattr(self.args, "loss_type", "nll") == "nll" and self._data_loss_is_plain(inputs)
 
     def _stabilizes_logits(self) -> bool:
         config = self._tuner().active_dip_config

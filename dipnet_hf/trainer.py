@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig, Trainer
+from transformers import Trainer
 
+from .architecture import adds_router_loss, shifts_labels
+from .batches import expand_batch, supervised
+from .loss import sampled_data_terms
 from .model import DipModel
-from .objective import data_terms, expand_batch, stability_penalty, supervised
+from .objective import stability_penalty
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
     _Base = Trainer
@@ -94,17 +97,12 @@ class DipTrainerMixin(_Base):
         if not self._tuner().training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         tuner = self._tuner()
-        if self._needs_no_outputs(inputs, return_outputs):
-            loss, nll, stability = self._terms_without_logits(model, inputs, num_items_in_batch)
+        if self._can_compute_own_terms(inputs, return_outputs):
+            loss, nll, stability = self._own_terms(model, inputs, num_items_in_batch)
             outputs = None
-        elif tuner.active_dip_config.shared_prompt_noise:
-            raise ValueError(
-                f"shared_prompt_noise needs DipTrainer's plain loss; {type(self).__name__} computes another one here "
-                "(its own, label smoothing, or outputs that were asked for). Set shared_prompt_noise=False."
-            )
         else:
             inputs = expand_batch(inputs, tuner.active_dip_config.num_samples)
-            loss, nll, stability, outputs = self._terms(model, inputs, num_items_in_batch)
+            loss, nll, stability, outputs = self._base_terms(model, inputs, num_items_in_batch)
         prior = tuner.prior_loss()
         if self._losses_are_added(num_items_in_batch):
             prior = prior / self.current_gradient_accumulation_steps
@@ -115,34 +113,36 @@ class DipTrainerMixin(_Base):
         loss = loss + prior
         return (loss, outputs) if return_outputs else loss
 
-    def _needs_no_outputs(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+    def _can_compute_own_terms(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
         """Whether nobody asks for the outputs and the data loss is known to be the plain negative log-likelihood."""
         return False
 
     def _data_loss_is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether transformers' `Trainer` takes eq. (2) alone, of labels that it shifts."""
-        custom = self.label_smoother is not None or self.compute_loss_func is not None
-        config = getattr(self._tuner().model, "config", None)
-        text_config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
-        adds_losses = getattr(text_config, "output_router_logits", False)  # those of a mixture of experts
-        plain_inputs = "labels" in inputs and "shift_labels" not in inputs
-        return plain_inputs and not custom and not adds_losses and self._tuner().has_plain_loss
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            return False
+        if "labels" not in inputs or "shift_labels" in inputs:
+            return False
+        tuner = self._tuner()
+        if not shifts_labels(tuner.model) or adds_router_loss(tuner.model):
+            return False
+        return tuner.hidden_state_capture.probe().loss_is_plain
 
-    def _terms_without_logits(
+    def _own_terms(
         self, model, inputs: dict[str, Any], num_items_in_batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Eqs. (2) + (4), and each of them detached; see `objective.data_terms`."""
-        terms = data_terms(model, inputs)
+        """Eqs. (2) + (4), and each of them detached, as `dip_loss` has them."""
+        terms, _ = sampled_data_terms(model, inputs)
         scale = self._item_weight(terms.num_tokens, num_items_in_batch)
         return terms.total * scale, terms.nll * scale, terms.stability * scale
 
-    def _terms(
+    def _base_terms(
         self, model, inputs: dict[str, Any], num_items_in_batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
         """Eqs. (2) + (4), each of them, and the outputs: (2) is the base trainer's loss of S times the rows."""
         config = self._tuner().active_dip_config
         num_rows_items = None if num_items_in_batch is None else num_items_in_batch * config.num_samples
-        with self._tuner().sampled_rows(config.num_samples, config.antithetic):
+        with self._tuner().sampled_rows():
             nll, outputs = self._data_loss(model, inputs, num_rows_items)
         stability = nll.new_zeros(())
         if config.stability_loss_weight:
@@ -158,7 +158,7 @@ class DipTrainerMixin(_Base):
 
     def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """f of eq. (4) at the supervised tokens: `(S * N,)` log-probabilities or `(S * N, V)` logits."""
-        logits, targets = supervised(outputs.logits, labels, self._tuner().shifts_labels)
+        logits, targets = supervised(outputs.logits, labels, shifts_labels(self._tuner().model))
         if self._tuner().active_dip_config.stability_target == "logits":
             return logits
         return -F.cross_entropy(logits.float(), targets, reduction="none")
@@ -224,5 +224,5 @@ def share_level(logvars: list[torch.nn.Parameter]) -> None:
 class DipTrainer(DipTrainerMixin, Trainer):
     """transformers' `Trainer` with the DIP objective, computed without the whole batch's logits where it can be."""
 
-    def _needs_no_outputs(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+    def _can_compute_own_terms(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
         return not return_outputs and self._data_loss_is_plain(inputs)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dipnet_hf.objective import supervised
+from dipnet_hf.batches import supervised
 from dipnet_hf.report import provenance
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
@@ -299,7 +299,7 @@ def compare(
     loader = DataLoader(heldout.select(range(min(max(sizes), len(heldout)))), batch_size, collate_fn=collator)
     with teacher.deterministic():
         noise_off = measure(teacher, loader, [1])[1]
-    with teacher.trajectories(max(config.compare_samples)):
+    with teacher.ensemble_samples(max(config.compare_samples)):
         ensembles = measure(teacher, loader, config.compare_samples)
     measured = {
         "noise_off": noise_off,

@@ -105,7 +105,9 @@ def test_the_level_is_that_of_the_predictions_whatever_the_labels_say():
         batch = make_outlier_batch()
         wrong = (batch["labels"] + shift) % build_with_outliers().config.vocab_size
         batch["labels"] = torch.where(batch["labels"] == -100, -100, wrong)
-        levels.append(get_dip_model(build_with_outliers(), DipConfig(), calibration=[batch]).init_noise_std)
+        levels.append(
+            get_dip_model(build_with_outliers(), DipConfig(weights="frozen"), calibration=[batch]).init_noise_std
+        )
     assert levels[0] == levels[1]
 
 
@@ -135,7 +137,7 @@ def test_the_level_hardly_depends_on_the_draws(monkeypatch):
             return sampling(self, seed=number)
 
         monkeypatch.setattr(DipModel, "sampling", of_this_seed)
-        model = get_dip_model(build_with_outliers(), DipConfig(), calibration=batches)
+        model = get_dip_model(build_with_outliers(), DipConfig(weights="frozen"), calibration=batches)
         monkeypatch.undo()
         stds.append(model.init_noise_std)
     assert len(set(stds)) > 1 and max(stds) < 1.3 * min(stds)
@@ -165,7 +167,7 @@ def test_a_classifier_has_a_level():
         model.classifier.weight.mul_(100)
     images = make_batch("vit", num_rows=64)
     images["labels"] = model(**{"pixel_values": images["pixel_values"]}).logits.argmax(-1)
-    model = get_dip_model(model, DipConfig(init_loss_increase=0.02), calibration=[images])
+    model = get_dip_model(model, DipConfig(weights="frozen", init_loss_increase=0.02), calibration=[images])
     off = nll(model.eval(), images)
     with model.sampling(seed=0):
         noisy = sum(nll(model, images) for _ in range(200)) / 200
@@ -184,7 +186,7 @@ def test_a_loss_of_other_labels_has_a_level():
     logits = model.eval()(input_ids=input_ids)
     batch = {"input_ids": input_ids, "start_positions": logits.start_logits.argmax(-1)}
     batch["end_positions"] = logits.end_logits.argmax(-1)
-    model = get_dip_model(model, DipConfig(), calibration=[batch])
+    model = get_dip_model(model, DipConfig(weights="frozen"), calibration=[batch])
     assert model.init_noise_std > 0 and not model.needs_calibration
 
 
@@ -199,7 +201,7 @@ def test_a_row_without_padding_and_shared_positions_are_taken():
     packed["labels"] = packed["input_ids"].masked_fill(packed["position_ids"] < 2, -100)
     shared = {**batch, "position_ids": torch.arange(16)[None]}
     stds = [
-        get_dip_model(build_with_outliers(), DipConfig(), calibration=[each]).init_noise_std
+        get_dip_model(build_with_outliers(), DipConfig(weights="frozen"), calibration=[each]).init_noise_std
         for each in (batch, packed, shared)
     ]
     assert max(stds) < 1.3 * min(stds)
@@ -216,7 +218,7 @@ def test_a_decoders_padding_is_its_own_and_an_encoders_too():
     names.append("decoder.block.1.layer.1.EncDecAttention.k")  # reads what the encoder wrote
     masks = [batch["attention_mask"].bool(), batch["labels"] != -100, batch["attention_mask"].bool()]
     model = get_dip_model(
-        T5ForConditionalGeneration(config), DipConfig(target_modules=names, init_noise_std=0.1)
+        T5ForConditionalGeneration(config), DipConfig(weights="frozen", target_modules=names, init_noise_std=0.1)
     ).eval()
     inputs = {}
     for name in names:
@@ -292,7 +294,7 @@ def test_the_sweep_shows_the_loss_by_site_and_changes_nothing():
     with pytest.raises(ValueError, match="no supervised token"):
         model.noise_sweep([make_outlier_batch()["input_ids"]], [0.1])
     with pytest.raises(ValueError, match=r"call model\.calibrate\(batches\) first"):
-        get_dip_model(build("llama"), DipConfig()).noise_sweep([make_batch("llama")], [0.1])
+        get_dip_model(build("llama"), DipConfig(weights="frozen")).noise_sweep([make_batch("llama")], [0.1])
 
 
 # ---- bad input ----
@@ -302,23 +304,27 @@ def test_what_cannot_be_calibrated_is_named_and_leaves_nothing_behind():
     batch = make_outlier_batch()
     unlabelled = {name: batch[name] for name in ("input_ids", "attention_mask")}
     for batches in ([unlabelled], [{**batch, "labels": torch.full_like(batch["labels"], -100)}], [batch["input_ids"]]):
-        model = get_dip_model(build_with_outliers(), DipConfig())
+        model = get_dip_model(build_with_outliers(), DipConfig(weights="frozen"))
         with pytest.raises(ValueError, match="hold no supervised token. Give batches with labels, or a number"):
             model.calibrate(batches)
         assert model.needs_calibration
     with pytest.raises(ValueError, match=r"'model\.layers\.0' never ran.*Give at least one batch"):
-        get_dip_model(build("llama"), DipConfig(), calibration=[])
+        get_dip_model(build("llama"), DipConfig(weights="frozen"), calibration=[])
     with pytest.raises(ValueError, match='noise_scale="absolute" has nothing to calibrate'):
-        get_dip_model(build("llama"), DipConfig(noise_scale="absolute", init_noise_std=0.1), calibration=[batch])
+        get_dip_model(
+            build("llama"),
+            DipConfig(weights="frozen", noise_scale="absolute", init_noise_std=0.1),
+            calibration=[batch],
+        )
     silent = build("llama")
     silent.lm_head.weight.data.zero_()
     with pytest.raises(ValueError, match=r"No noise was found .*predicts nothing yet.*Give a number"):
-        get_dip_model(silent, DipConfig(), calibration=[make_batch("llama")])
+        get_dip_model(silent, DipConfig(weights="frozen"), calibration=[make_batch("llama")])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_input_that_is_not_finite_is_named(value):
-    model = get_dip_model(build("llama"), DipConfig(init_noise_std=0.1))
+    model = get_dip_model(build("llama"), DipConfig(weights="frozen", init_noise_std=0.1))
     model.get_base_model().model.embed_tokens.weight.data.fill_(value)
     with pytest.raises(ValueError, match=r"site 'model\.layers\.0' is not finite"):
         model.calibrate([make_batch("llama")])
@@ -340,7 +346,7 @@ def test_an_input_of_another_width_is_named():
     model.model.layers[1].mlp = torch.nn.Sequential(
         torch.nn.Linear(32, 48), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(48, 32))
     )
-    config = DipConfig(target_modules=r".*mlp\.1$", granularity="layer", init_noise_std=0.1)
+    config = DipConfig(weights="frozen", target_modules=r".*mlp\.1$", granularity="layer", init_noise_std=0.1)
     with pytest.raises(
         ValueError, match=r"'model\.layers\.1\.mlp\.1' should have 32 channels along dimension -1.*48\)"
     ):
@@ -349,7 +355,7 @@ def test_an_input_of_another_width_is_named():
 
 @pytest.mark.parametrize("init_noise_std", ["auto", 0.1])
 def test_a_loss_that_is_not_finite_is_named(init_noise_std):
-    model = get_dip_model(build_with_outliers(), DipConfig(init_noise_std=init_noise_std))
+    model = get_dip_model(build_with_outliers(), DipConfig(weights="frozen", init_noise_std=init_noise_std))
     model.get_base_model().lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="loss of the calibration batches is nan without any noise"):
         model.calibrate([make_outlier_batch()])
@@ -359,20 +365,20 @@ def test_a_site_whose_channels_are_all_constant_is_named():
     model = build("llama")
     model.model.embed_tokens.weight.data.fill_(1.0)
     with pytest.raises(ValueError, match=r"one value in every channel of the input of site 'model\.layers\.0'"):
-        get_dip_model(model, DipConfig(init_noise_std=0.1), calibration=[make_batch("llama")])
+        get_dip_model(model, DipConfig(weights="frozen", init_noise_std=0.1), calibration=[make_batch("llama")])
 
 
 def test_a_site_that_never_ran_is_named():
     model = build_with_outliers()
     model.model.unused = torch.nn.Linear(32, 32)
-    config = DipConfig(target_modules=["unused", "q_proj"], init_noise_std=0.1)
+    config = DipConfig(weights="frozen", target_modules=["unused", "q_proj"], init_noise_std=0.1)
     with pytest.raises(ValueError, match=r"Site 'model\.unused' never ran in the calibration"):
         get_dip_model(model, config, calibration=[make_outlier_batch()])
 
 
 def test_few_tokens_are_warned_of():
     with pytest.warns(UserWarning, match="calibrated on 31 tokens without padding.*at least 64"):
-        get_dip_model(build_with_outliers(), DipConfig(), calibration=[make_outlier_batch(num_rows=2)])
+        get_dip_model(build_with_outliers(), DipConfig(weights="frozen"), calibration=[make_outlier_batch(num_rows=2)])
 
 
 def test_a_failed_calibration_keeps_the_noise_that_was():
@@ -391,17 +397,19 @@ def test_a_failed_calibration_keeps_the_noise_that_was():
 
 
 def test_calibration_takes_single_tensors_and_images():
-    model = get_dip_model(build("llama"), DipConfig(init_noise_std=0.1))
+    model = get_dip_model(build("llama"), DipConfig(weights="frozen", init_noise_std=0.1))
     model.calibrate([make_batch("llama")["input_ids"].repeat(2, 1)])
     assert not model.needs_calibration
-    vit = get_dip_model(build("vit"), DipConfig(init_noise_std=0.1), calibration=[make_batch("vit", num_rows=16)])
+    vit = get_dip_model(
+        build("vit"), DipConfig(weights="frozen", init_noise_std=0.1), calibration=[make_batch("vit", num_rows=16)]
+    )
     assert not vit.needs_calibration
 
 
 def test_noise_before_calibration_names_it():
     batch = make_batch("llama")
     for fields in ({}, {"init_noise_std": 0.1}, {"noise_scale": "absolute"}):
-        model = get_dip_model(build("llama"), DipConfig(**fields)).train()
+        model = get_dip_model(build("llama"), DipConfig(weights="frozen", **fields)).train()
         message = r"site 'model\.layers\.0' was never calibrated.*Call model\.calibrate\(batches\).*labelled"
         with pytest.raises(ValueError, match=message):
             model(**batch)
@@ -410,7 +418,7 @@ def test_noise_before_calibration_names_it():
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, build("llama")(**batch).logits)
     with pytest.raises(ValueError, match=r"initial level, which was never found: call model\.calibrate"):
-        get_dip_model(build("llama"), DipConfig()).prior_loss()
+        get_dip_model(build("llama"), DipConfig(weights="frozen")).prior_loss()
 
 
 # ---- what a pretrained model survives ----
@@ -466,7 +474,7 @@ def test_an_ensemble_of_the_stand_in_is_the_mean_of_noisy_passes():
     off = nll(model)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        with model.base_model.trajectories(4, seed=1):
+        with model.base_model.ensemble_samples(4, seed=1):
             each = model(**inputs).logits.log_softmax(-1)
         with model.ensemble(4, seed=1):
             mean = model(**inputs).logits.log_softmax(-1)

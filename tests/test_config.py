@@ -46,7 +46,7 @@ WEIGHTS = {
             {"weights": AdaptionPromptConfig(adapter_len=2, adapter_layers=2)},
             "injected into layers.*got AdaptionPrompt",
         ),
-        ({"weights": DipConfig()}, "injected into layers.*got DipConfig"),
+        ({"weights": DipConfig(weights="frozen")}, "injected into layers.*got DipConfig"),
         ({"target_sites": "decoder_layers"}, "target_sites must be one of .*Did you mean 'decoder_layer'"),
         ({"target_sites": "mlp", "target_modules": ["up_proj"]}, r"got both: 'mlp' and \['up_proj'\]"),
         ({"target_sites": "embedding", "layers_to_transform": 0}, 'no meaning with target_sites="embedding"'),
@@ -82,7 +82,11 @@ WEIGHTS = {
         ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
         ({"num_samples": 2.0}, "num_samples must be an integer of at least 1, got 2.0"),
         ({"num_samples": True}, "num_samples must be an integer of at least 1, got True"),
-        ({"num_samples": 3}, "num_samples must be even, got 3.*antithetic=False"),
+        ({"num_samples": 3, "sampling": "pairs"}, 'needs an even num_samples, got 3.*sampling="independent"'),
+        (
+            {"sampling": "pair"},
+            r"sampling must be one of \['pairs', 'independent'\], got 'pair'. Did you mean 'pairs'",
+        ),
     ],
 )
 def test_mistakes_are_named(fields, message):
@@ -104,7 +108,7 @@ def test_weights_of_another_type(weights):
         {"target_modules": ["mlp"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
         {"target_sites": "linear", "granularity": "layer", "noise_scale": "absolute", "layers_to_transform": 1},
         {"num_samples": 4, "alpha": 0.0, "beta": 0.0, "stability_loss_weight": 0.1, "stability_target": "logits"},
-        {"init_noise_std": 0.0, "num_samples": 3, "antithetic": False},
+        {"init_noise_std": 0.0, "num_samples": 3, "sampling": "independent"},
         {"init_noise_std": 0.1, "alpha": 0.0, "beta": 0.3},  # a prior that only pushes up: an infinite prior_std
     ],
     ids=lambda fields: "-".join(fields) or "defaults",
@@ -124,7 +128,9 @@ def test_the_file_states_its_versions():
     assert fields["peft_type"] == "DIP"
     assert fields["dipnet_hf_version"] == dipnet_hf.__version__
     assert fields["peft_version"] and fields["weights"]["peft_type"] == "LORA"
-    assert DipConfig(dipnet_hf_version="0.0.1").dipnet_hf_version == "0.0.1"  # what a file says stays
+    assert (
+        DipConfig(weights="frozen", dipnet_hf_version="0.0.1").dipnet_hf_version == "0.0.1"
+    )  # what a file says stays
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["own field", "field of the weights"])
@@ -139,24 +145,41 @@ def test_unknown_fields_of_a_newer_version_only_warn(tmp_path, inside):
 
 
 def test_the_papers_weights_are_kept_as_a_prior():
-    config = DipConfig(alpha=2.0, beta=0.5)
+    config = DipConfig(weights="frozen", alpha=2.0, beta=0.5)
     assert (config.prior_std, config.prior_weight) == (0.5, 1.0)
     assert kl_weights(config.prior_std, config.prior_weight) == (2.0, 0.5)
-    assert (DipConfig(alpha=0.0, beta=0.0).prior_std, DipConfig(alpha=0.0, beta=0.0).prior_weight) == (None, 0.0)
-    rising = DipConfig(alpha=0.0, beta=0.5)
+    assert (
+        DipConfig(weights="frozen", alpha=0.0, beta=0.0).prior_std,
+        DipConfig(weights="frozen", alpha=0.0, beta=0.0).prior_weight,
+    ) == (None, 0.0)
+    rising = DipConfig(weights="frozen", alpha=0.0, beta=0.5)
     assert kl_weights(rising.prior_std, rising.prior_weight) == (0.0, 0.5)
 
 
 def test_a_file_of_version_0_1_means_what_it_meant(tmp_path):
-    fields = DipConfig(init_noise_std=0.05).to_dict()
+    fields = DipConfig(weights="frozen", init_noise_std=0.05).to_dict()
     for name in ("init_loss_increase", "prior_std", "prior_weight"):
         del fields[name]
-    fields |= {"alpha": 200.0, "beta": 0.5, "dipnet_hf_version": "0.1.0"}
+    del fields["sampling"]
+    fields |= {"alpha": 200.0, "beta": 0.5, "num_samples": 4, "antithetic": False, "shared_prompt_noise": False}
+    fields |= {"dipnet_hf_version": "0.1.0"}
     tmp_path.joinpath("adapter_config.json").write_text(json.dumps(fields))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = PeftConfig.from_pretrained(str(tmp_path))
     assert (loaded.init_noise_std, loaded.prior_std, loaded.prior_weight) == (0.05, 0.05, 1.0)
+    assert (loaded.num_samples, loaded.sampling) == (4, "independent")
+
+
+@pytest.mark.parametrize(("num_samples", "sampling"), [(2, "pairs"), (3, "independent"), (4, "pairs")])
+def test_samples_come_in_pairs_where_they_can(num_samples, sampling):
+    assert DipConfig(num_samples=num_samples).sampling == sampling
+
+
+def test_the_default_trains_lora_on_all_linears():
+    weights = DipConfig().weights
+    assert isinstance(weights, LoraConfig) and (weights.r, weights.target_modules) == (16, "all-linear")
+    assert DipConfig().weights is not weights
 
 
 @pytest.mark.parametrize(("prior_std", "weight"), [(0, 1), (-1, 1), (float("nan"), 1), (1, -1), (1, float("nan"))])

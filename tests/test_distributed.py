@@ -16,7 +16,7 @@ from tests.tiny_models import build
 def make_model(noise, **config):
     """A model that is calibrated by its trainer, or, with `noise_scale="absolute"`, not at all."""
     config = {"num_samples": 2, "stability_loss_weight": 0.5, "weights": "full"} | config
-    config |= {"init_noise_std": 0.3} if noise else {"init_noise_std": 0.0, "alpha": 0.0, "beta": 0.0}
+    config |= {"init_noise_std": 0.3} if noise else {"init_noise_std": 0.0, "prior_weight": 0.0}
     return get_dip_model(build("llama"), DipConfig(**config))
 
 

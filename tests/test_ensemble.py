@@ -30,7 +30,9 @@ TOLERANCE = 2e-6
 def make(name="llama", init_noise_std=0.5, **config):
     """A model whose channels have different variances, and four prompts of seven tokens."""
     model = get_dip_model(
-        build(name), DipConfig(init_noise_std=init_noise_std, **config), calibration=[make_batch(name)]
+        build(name),
+        DipConfig(**{"weights": "frozen", "init_noise_std": init_noise_std} | config),
+        calibration=[make_batch(name)],
     )
     generator = torch.Generator().manual_seed(1)
     for logvar in model.logvars():
@@ -134,7 +136,9 @@ def test_the_loss_is_that_of_the_mean(batch):
 )
 @torch.no_grad()
 def test_images_have_one_noise_an_example(name, config):
-    model = get_dip_model(build(name), DipConfig(init_noise_std=0.5, **config), calibration=[make_batch(name)]).eval()
+    model = get_dip_model(
+        build(name), DipConfig(**{"weights": "frozen", "init_noise_std": 0.5} | config), calibration=[make_batch(name)]
+    ).eval()
     images = make_batch(name)["pixel_values"]
     with model.ensemble(3, average="logit"):
         logits = model(pixel_values=images).logits
@@ -349,7 +353,7 @@ def test_no_noise_is_kept_afterwards():
     model, input_ids = make()
     with torch.no_grad(), model.ensemble(num_samples=2):
         model(input_ids=input_ids)
-        noise = weakref.ref(model.base_model._ensemble._noises[0])
+        noise = weakref.ref(model.base_model._pass._noises[0])
     assert noise() is None
 
 
@@ -420,7 +424,7 @@ def test_predict_is_the_spread_of_the_trajectories(batch):
     torch.testing.assert_close(prediction.mutual_information, total - expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(prediction.variance, probs.var(0, correction=0).sum(-1), atol=1e-6, rtol=1e-4)
     assert not any(field.requires_grad for field in prediction)
-    with model.ensemble(3, seed=4), pytest.raises(ValueError, match="in an ensemble already"):
+    with model.ensemble(3, seed=4), pytest.raises(ValueError, match="This model is in an ensemble"):
         predict(model, batch, num_samples=2)
 
 
@@ -446,7 +450,7 @@ def test_what_has_no_ensemble_is_refused():
         model.ensemble(2, average="mean").__enter__()
     with pytest.raises(ValueError, match="seed must be an integer, got None"):
         model.ensemble(2, seed=None).__enter__()
-    with model.ensemble(2), pytest.raises(ValueError, match="in an ensemble already"):
+    with model.ensemble(2), pytest.raises(ValueError, match="This model is in an ensemble"):
         model.ensemble(2).__enter__()
     with pytest.raises(ValueError, match="from get_dip_model, got PeftModel"):
         predict(get_peft_model(build("llama"), LoraConfig(target_modules="all-linear")), {}, 2)
@@ -454,10 +458,10 @@ def test_what_has_no_ensemble_is_refused():
     with pytest.raises(ValueError, match="noise of a DIP adapter, and none is active"):
         model.ensemble(2).__enter__()
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8))
-    t5 = get_dip_model(t5, DipConfig(noise_scale="absolute", init_noise_std=0.05))
+    t5 = get_dip_model(t5, DipConfig(weights="frozen", noise_scale="absolute", init_noise_std=0.05))
     with pytest.raises(ValueError, match=r"encoder-decoder.*model.sampling\(seed\)"):
         t5.ensemble(2).__enter__()
-    uncalibrated = get_dip_model(build("llama"), DipConfig())
+    uncalibrated = get_dip_model(build("llama"), DipConfig(weights="frozen"))
     with uncalibrated.ensemble(2), pytest.raises(ValueError, match="never calibrated"):
         uncalibrated(input_ids=input_ids)
 
@@ -499,7 +503,9 @@ def test_what_would_draw_other_noise_is_refused(batch):
             model.generate_batch(inputs=input_ids.tolist())
         with pytest.raises(ValueError, match=r"the inputs \['input_ids', .*\] hold none"):
             model(input_ids=None)
-    model.add_adapter("upper", DipConfig(layers_to_transform=[2], noise_scale="absolute", init_noise_std=0.05))
+    model.add_adapter(
+        "upper", DipConfig(weights="frozen", layers_to_transform=[2], noise_scale="absolute", init_noise_std=0.05)
+    )
     with model.ensemble(2), pytest.raises(ValueError, match="adapter was changed within an ensemble"):
         model.set_adapter("upper")
         model(input_ids=input_ids)
@@ -526,6 +532,6 @@ def test_inputs_that_cannot_be_repeated_are_refused(batch):
             plain_cache = model(input_ids=input_ids).past_key_values
         with pytest.raises(ValueError, match="holds 4 rows, and 2 samples of 4 prompts need 8.*the same ensemble"):
             model(input_ids=input_ids[:, :1], past_key_values=plain_cache)
-    vit = get_dip_model(build("vit"), DipConfig(init_noise_std=0.1), calibration=[make_batch("vit")])
+    vit = get_dip_model(build("vit"), DipConfig(weights="frozen", init_noise_std=0.1), calibration=[make_batch("vit")])
     with vit.ensemble(2), pytest.raises(ValueError, match="ViTForImageClassification takes no labels"):
         vit(**make_batch("vit"))

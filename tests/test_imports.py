@@ -30,42 +30,47 @@ class Row(NamedTuple):
 
 
 TABLE = {
-    # The maths: testable without PEFT or transformers. accelerate is for unwrapping a model only.
-    "noise": Row(others="numpy torch", lazy="kernels"),
-    "chunked_loss": Row(others="torch"),
-    "shared_prompt": Row(others="torch"),
-    "objective": Row(ours="chunked_loss shared_prompt", others="accelerate numpy torch"),
+    # The maths: testable without PEFT or transformers.
+    "noise": Row(others="torch", lazy="kernels"),
+    "draws": Row(ours="noise", others="torch"),
+    "objective": Row(others="torch"),
+    "chunked_loss": Row(ours="objective", others="torch"),
+    "batches": Row(others="torch"),
     "uncertainty": Row(others="numpy torch"),
     "kernels": Row(others="torch triton"),
+    # What is asked of a network, and what is done to its forward pass.
+    "architecture": Row(ours="chunked_loss", others="peft torch transformers"),
+    "late_expansion": Row(ours="architecture", others="torch"),
+    "hidden_states": Row(ours="architecture chunked_loss", others="torch"),
+    "data_loss": Row(ours="batches chunked_loss hidden_states objective", others="torch"),
     # The tuner. Saving a config writes the folder's card, which states the package's version.
     "card": Row(others="huggingface_hub peft safetensors"),
     "config": Row(ours="card", others="peft", lazy="public"),
-    "projection": Row(ours="config noise", others="peft torch"),
-    "sites": Row(ours="config projection", others="peft torch transformers"),
-    "scale": Row(ours="objective projection", others="torch"),
-    "calibration": Row(ours="config projection scale", others="torch"),
+    "projection": Row(ours="config draws", others="peft torch"),
+    "sites": Row(ours="architecture config projection", others="peft torch"),
+    "scale": Row(ours="architecture batches projection", others="torch"),
+    "calibration_loss": Row(ours="architecture batches data_loss hidden_states scale", others="accelerate torch"),
+    "calibration": Row(ours="calibration_loss config projection scale", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
-    "rows": Row(others="torch transformers"),
-    "head_inputs": Row(ours="chunked_loss", others="torch transformers"),
-    "ensemble": Row(ours="noise projection rows uncertainty", others="peft torch transformers"),
+    "passes": Row(ours="draws late_expansion noise projection", others="torch"),
+    "ensemble": Row(
+        ours="architecture draws late_expansion noise passes projection uncertainty", others="peft torch transformers"
+    ),
     "model": Row(
-        ours="calibration config ensemble head_inputs noise objective projection rows scale shared_prompt sites "
-        "weights",
-        others="accelerate peft torch transformers",
+        ours="architecture calibration calibration_loss config draws ensemble hidden_states late_expansion objective "
+        "passes projection sites weights",
+        others="peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),
     # What uses it.
-    "trainer": Row(ours="model objective", others="torch transformers"),
-    "sft_trainer": Row(ours="projection trainer", others="torch transformers trl"),
+    "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
+    "trainer": Row(ours="architecture batches loss model objective", others="torch transformers"),
+    "sft_trainer": Row(ours="trainer", others="torch transformers trl"),
     "lm_eval_model": Row(ours="ensemble model noise", others="lm_eval peft torch transformers"),
-    "diagnostics": Row(ours="public", others="numpy torch transformers"),
-    "regularizers": Row(ours="public", others="numpy torch transformers"),
     "report": Row(ours="public uncertainty", others="numpy", lazy="matplotlib"),
     "report/provenance": Row(others="torch"),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
-    "__init__": Row(
-        ours="config ensemble model noise objective registry uncertainty", lazy="sft_trainer trainer regularizers"
-    ),
+    "__init__": Row(ours="config ensemble loss model objective registry", lazy="sft_trainer trainer"),
 }
 
 

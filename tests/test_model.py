@@ -221,7 +221,9 @@ def test_unload_gives_the_base_model_back():
     unloaded = model.unload()
     assert_no_trace(unloaded)
     assert torch.equal(logits(unloaded), logits(build("llama")))
-    again = get_dip_model(unloaded, DipConfig(init_noise_std=0.05), calibration=[make_batch("llama")])
+    again = get_dip_model(
+        unloaded, DipConfig(weights="frozen", init_noise_std=0.05), calibration=[make_batch("llama")]
+    )
     assert_same(again, dip_model(weights="frozen", init_noise_std=0.05))
 
 
@@ -382,9 +384,9 @@ def test_status_and_counts(capsys):
 
 def test_models_and_configs_of_another_kind():
     with pytest.raises(TypeError, match=r"holds a PEFT adapter.*DipConfig\(weights=...\).*merge_and_unload"):
-        get_dip_model(get_peft_model(build("llama"), LoraConfig()), DipConfig())
+        get_dip_model(get_peft_model(build("llama"), LoraConfig()), DipConfig(weights="frozen"))
     with pytest.raises(TypeError, match="holds a PEFT adapter"):
-        get_dip_model(dip_model(), DipConfig())
+        get_dip_model(dip_model(), DipConfig(weights="frozen"))
     with pytest.raises(TypeError, match=r"config must be a DipConfig, got LoraConfig"):
         get_dip_model(build("llama"), LoraConfig())
 
@@ -443,12 +445,12 @@ def test_a_failed_merge_keeps_the_noise(tiny_llama, batch):
 
 def test_sites_of_an_asymmetric_encoder_decoder_are_in_the_decoder():
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2)
-    model = get_dip_model(T5ForConditionalGeneration(config), DipConfig())
+    model = get_dip_model(T5ForConditionalGeneration(config), DipConfig(weights="frozen"))
     assert [row["name"] for row in model.noise_summary()] == [f"decoder.block.{i}" for i in range(3)]
 
 
 def test_calibration_leaves_every_module_in_its_mode(tiny_llama, batch):
-    model = get_dip_model(tiny_llama, DipConfig(init_noise_std=0.1)).train()
+    model = get_dip_model(tiny_llama, DipConfig(weights="frozen", init_noise_std=0.1)).train()
     frozen = model.get_base_model().model.layers[1].eval()
     model.calibrate([batch])
     assert model.training and not frozen.training
@@ -630,6 +632,8 @@ def test_the_card_keeps_what_was_written_by_hand(tmp_path):
 
 
 def test_layers_of_a_deep_model_are_in_their_order(tmp_path):
-    model = get_dip_model(build("llama", num_layers=12), DipConfig(noise_scale="absolute", init_noise_std=0.05))
+    model = get_dip_model(
+        build("llama", num_layers=12), DipConfig(weights="frozen", noise_scale="absolute", init_noise_std=0.05)
+    )
     model.save_pretrained(tmp_path)
     assert list(read_noise(tmp_path)) == [f"model.layers.{i}" for i in range(12)]

@@ -62,7 +62,7 @@ def test_every_channel_of_every_site_is_measured_on_the_base_model(target_sites,
 
 
 def test_an_embedding_is_measured_at_its_output():
-    model = get_dip_model(build("llama"), DipConfig(target_sites="embedding", init_noise_std=0.05))
+    model = get_dip_model(build("llama"), DipConfig(weights="frozen", target_sites="embedding", init_noise_std=0.05))
     batch = make_batch("llama")
     model.calibrate([batch])
     base = build("llama")
@@ -71,7 +71,9 @@ def test_an_embedding_is_measured_at_its_output():
 
 
 def test_channels_of_a_convolution_are_its_second_dimension():
-    model = get_dip_model(build("resnet"), DipConfig(target_modules=r".*stages\.1.*convolution", init_noise_std=0.05))
+    model = get_dip_model(
+        build("resnet"), DipConfig(weights="frozen", target_modules=r".*stages\.1.*convolution", init_noise_std=0.05)
+    )
     images = make_batch("resnet")
     inputs = {}
     for name, module in model.get_base_model().named_modules():

@@ -72,7 +72,7 @@ def train(tokenizer, rows, tmp_path, trainer_class=DipSFTTrainer, config=None, *
         {},
         {"num_samples": 2, "stability_loss_weight": 0.3},
         {"num_samples": 2, "stability_loss_weight": 0.3, "stability_target": "logits"},
-        {"num_samples": 4, "antithetic": False},
+        {"num_samples": 4, "sampling": "independent"},
         {"num_samples": 2, "layers_to_transform": [1, 2]},
     ],
     ids=str,
@@ -106,7 +106,7 @@ def test_padding_free_rows_continue_their_boundaries(tokenizer, rows, tmp_path):
     """The flattened row is repeated once a sample, and the sequence boundaries go on where the last sample ended."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from dipnet_hf.objective import expand_batch
+    from dipnet_hf.batches import expand_batch
 
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
@@ -127,7 +127,7 @@ def test_peft_config_of_the_trainer(tokenizer, rows, tmp_path):
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=DipConfig(task_type="CAUSAL_LM", init_noise_std=0.1),
+        peft_config=DipConfig(weights="frozen", task_type="CAUSAL_LM", init_noise_std=0.1),
     )
     trainer.train()
     assert len(trainer.model.noise_summary()) == 3
@@ -168,7 +168,9 @@ def test_both_trainers_agree(tokenizer, rows, tmp_path):
 
 def test_logvar_survives_the_cast_of_a_quantized_model(tokenizer, rows, tmp_path, monkeypatch):
     """TRL casts what trains to bfloat16 when the base is quantized; log-variances come out float32 and unchanged."""
-    model = get_dip_model(build("llama"), DipConfig(init_noise_std=0.123), calibration=[make_batch("llama")])
+    model = get_dip_model(
+        build("llama"), DipConfig(weights="frozen", init_noise_std=0.123), calibration=[make_batch("llama")]
+    )
     with torch.no_grad():
         for logvar in model.logvars():
             logvar.add_(torch.randn_like(logvar))

@@ -17,7 +17,7 @@ STAGES = "resnet.encoder.stages"
 
 
 def dip_config(**fields):
-    return DipConfig(noise_scale="absolute", init_noise_std=STD, **fields)
+    return DipConfig(**{"weights": "frozen", "noise_scale": "absolute", "init_noise_std": STD} | fields)
 
 
 def projections(model):
@@ -200,7 +200,9 @@ def test_noise_enters_base_weight_and_adapter_alike(tiny_llama, batch, use_dora)
 def test_sites_are_found_beneath_another_adapter(tiny_llama):
     linears = expected_names(tiny_llama, CAUSAL["llama"], "linear")
     model = get_dip_model(tiny_llama, dip_config(weights=LoraConfig(target_modules="all-linear")))
-    assert [site.name for site in find_sites(model.get_base_model(), DipConfig(target_sites="linear"))] == linears
+    assert [
+        site.name for site in find_sites(model.get_base_model(), DipConfig(weights="frozen", target_sites="linear"))
+    ] == linears
     fields = {"linear": {"target_sites": "linear"}, "named": {"target_modules": ["up_proj", "embed_tokens"]}}
     expected = {"linear": linears, "named": ["model.embed_tokens", *[name for name in linears if "up_proj" in name]]}
     for adapter in fields:

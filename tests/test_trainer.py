@@ -74,7 +74,7 @@ def test_eight_steps_of_one_row_weigh_as_one_step_of_eight_rows(rows, tmp_path, 
     results = []
     for batch_size, steps in [(8, 1), (1, 8)]:
         config = dict(num_samples=2, stability_loss_weight=0.5, stability_target=target)
-        config |= dict(init_noise_std=0.0, alpha=0.0, beta=0.0) if noise_off else {}
+        config |= dict(init_noise_std=0.0, prior_weight=0.0) if noise_off else {}
         model = dip_model([collate(list(rows))], **config)
         trainer = make_trainer(
             model,
@@ -128,7 +128,7 @@ def test_terms_and_noise_are_logged_beside_the_loss(rows, tmp_path):
 
 
 def test_logvar_has_its_own_group_without_decay(rows, tmp_path):
-    model = dip_model(logvar_learning_rate=0.05, alpha=0.0, beta=0.0)
+    model = dip_model(logvar_learning_rate=0.05, prior_weight=0.0)
     trainer = make_trainer(model, rows, tmp_path, weight_decay=0.5, lr_scheduler_type="constant")
     trainer.train()
     *others, own = trainer.optimizer.param_groups

@@ -1,5 +1,6 @@
 """The fast paths of `dip_loss` inside real models against the plain one: no whole logits, lower layers once."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM
 
-from dipnet_hf import DipConfig, dip_loss, get_dip_model
-from dipnet_hf.head_inputs import HeadInputs
-from dipnet_hf.rows import RowRepeater
+from dipnet_hf import DipConfig, dip_loss, get_dip_model, hidden_states
+from dipnet_hf.architecture import plain_head
+from dipnet_hf.hidden_states import HiddenStateCapture
+from dipnet_hf.late_expansion import LateExpansion
 from tests.test_recompute import checkpointed
 from tests.test_trainer import make_rows, make_trainer
 from tests.tiny_models import CAUSAL, NUM_LAYERS, build, make_batch
@@ -45,16 +47,16 @@ def loss_and_gradients(model, batch):
     return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_to_the_plain_path(model, batch, monkeypatch, rows_enter=False):
+def assert_equal_to_the_plain_path(model, batch, monkeypatch, expands_late=False):
     """Both are compared, and the fast one was not left for the plain one."""
-    taken, entered = [], []
-    pop, first_copy = HeadInputs.pop, RowRepeater.first_copy
-    monkeypatch.setattr(HeadInputs, "pop", lambda self: (taken.append(pop(self)), taken[-1])[1])
-    monkeypatch.setattr(RowRepeater, "first_copy", lambda *args: (entered.append(True), first_copy(*args))[1])
+    captured, expanded = [], []
+    pop, start = HiddenStateCapture.pop, LateExpansion.start_from_copies
+    monkeypatch.setattr(HiddenStateCapture, "pop", lambda self: (captured.append(pop(self)), captured[-1])[1])
+    monkeypatch.setattr(LateExpansion, "start_from_copies", lambda *args: (expanded.append(True), start(*args))[1])
     fast, fast_gradients = loss_and_gradients(model, batch)
-    assert taken[0] is not None and bool(entered) == rows_enter
-    monkeypatch.setattr(HeadInputs, "_plain_head", lambda self: None)
-    monkeypatch.setattr(RowRepeater, "can_enter_in_training", lambda self, inputs: False)
+    assert captured[0] is not None and bool(expanded) == expands_late
+    monkeypatch.setattr(hidden_states, "plain_head", lambda model: None)
+    monkeypatch.setattr(LateExpansion, "is_possible_in_training", lambda self, inputs: False)
     plain, plain_gradients = loss_and_gradients(model, batch)
     for ours, theirs in zip(fast, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -71,11 +73,11 @@ def test_architectures(name, target, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("antithetic", [True, False])
-def test_architectures_with_the_upper_layers_projected(name, antithetic, monkeypatch):
-    model = make(name, num_samples=4, antithetic=antithetic, layers_to_transform=list(range(1, NUM_LAYERS)))
+@pytest.mark.parametrize("sampling", ["pairs", "independent"])
+def test_architectures_with_the_upper_layers_projected(name, sampling, monkeypatch):
+    model = make(name, num_samples=4, sampling=sampling, layers_to_transform=list(range(1, NUM_LAYERS)))
     # Falcon's layers are given position biases.
-    assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch, rows_enter=name != "falcon")
+    assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch, expands_late=name != "falcon")
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -121,15 +123,15 @@ def test_noise_at_the_heads_own_input(monkeypatch):
 def test_autocast(monkeypatch):
     model, batch = make("llama", num_samples=2), make_batch("llama")
     dtypes = []
-    output_head = HeadInputs._output_head
+    output_head = hidden_states.output_head
     monkeypatch.setattr(
-        HeadInputs, "_output_head", lambda *args: (dtypes.append(output_head(*args).dtype), output_head(*args))[1]
+        hidden_states, "output_head", lambda *args: (dtypes.append(output_head(*args).dtype), output_head(*args))[1]
     )
     with torch.autocast("cpu", torch.bfloat16):
         fast, fast_gradients = loss_and_gradients(model, batch)
-        monkeypatch.setattr(HeadInputs, "_plain_head", lambda self: None)
+        monkeypatch.setattr(hidden_states, "plain_head", lambda model: None)
         plain, plain_gradients = loss_and_gradients(model, batch)
-    assert set(dtypes) == {torch.bfloat16} and len(dtypes) == 2  # compared, and taken
+    assert dtypes == [torch.bfloat16]
     torch.testing.assert_close(fast.loss, plain.loss, atol=2e-2, rtol=2e-2)
     ours, theirs = (
         torch.cat([gradients[name].flatten() for name in plain_gradients])
@@ -171,10 +173,10 @@ def test_masked_and_rescaled_logits_are_noticed(change, dtype):
     base.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), change(out.logits))[0]
     model = get_dip_model(base, DipConfig(noise_scale="absolute", init_noise_std=0.05, weights="full")).train()
     with pytest.warns(UserWarning, match="not the plain output of its head"):
-        assert not model.base_model._head_inputs.compare().logits_are_plain
+        assert not model.base_model.hidden_state_capture.probe().logits_are_plain
 
 
-def test_a_head_that_changes_is_compared_again():
+def test_a_head_that_changes_is_probed_again():
     model, batch = make("llama"), make_batch("llama")
     dip_loss(model, batch)
     head = model.get_base_model().lm_head
@@ -200,16 +202,16 @@ def test_a_head_that_is_called_twice_is_not_taken_for_one():
         dip_loss(model, make_batch("llama"))
 
 
-def test_only_hidden_states_of_the_batch_are_taken():
+def test_only_hidden_states_of_the_batch_are_captured():
     base = build("llama")
-    inputs = HeadInputs(base)
+    capture = HiddenStateCapture(base, without_noise=contextlib.nullcontext)
     ids = torch.arange(12).view(2, 6)
-    with inputs.taken(torch.Size([2, 5])):
+    with capture.capturing(torch.Size([2, 5])):
         logits = base(input_ids=ids).logits
-        assert inputs.pop() is None and logits.shape == (2, 6, 64)
-    with inputs.taken(torch.Size([2, 6])):
+        assert capture.pop() is None and logits.shape == (2, 6, 64)
+    with capture.capturing(torch.Size([2, 6])):
         logits = base(input_ids=ids).logits
-        hidden, head = inputs.pop()
+        hidden, head = capture.pop()
     assert hidden.shape == (2, 6, 32) and logits.shape == (2, 0, 64)
     assert torch.equal(head.logits(hidden), base(input_ids=ids).logits)
 
@@ -226,7 +228,7 @@ def test_a_head_that_is_not_a_plain_linear_layer_is_left_alone(change):
         base.lm_head = type("OtherLinear", (nn.Linear,), {})(32, 64, bias=False)
     else:
         head.weight = nn.Parameter(torch.zeros(0))  # as sharded by DeepSpeed
-    assert HeadInputs(base)._plain_head() is None and HeadInputs(build("llama"))._plain_head() is not None
+    assert plain_head(base) is None and plain_head(build("llama")) is not None
 
 
 def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
@@ -234,12 +236,12 @@ def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
 
     lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     model = make("llama", weights=lora)
-    assert model.base_model._head_inputs._plain_head() is None
+    assert plain_head(model.get_base_model()) is None
     result, gradients = loss_and_gradients(model, make_batch("llama"))
     assert any("lm_head.lora_B" in name and gradient.abs().sum() > 0 for name, gradient in gradients.items())
 
 
-def test_the_comparison_leaves_the_random_state_alone():
+def test_the_probe_leaves_the_random_state_alone():
     base = build("gpt2")
     base.transformer.drop.p = 0.5
     model = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.05)).train()
@@ -251,7 +253,7 @@ def test_the_comparison_leaves_the_random_state_alone():
 
 
 def test_the_trainer_keeps_a_loss_function_that_was_set(tmp_path):
-    model = make("llama", init_noise_std=0.0, alpha=0.0, beta=0.0)
+    model = make("llama", init_noise_std=0.0, prior_weight=0.0)
     base = model.get_base_model()
     plain = base.loss_function
     base.loss_function = lambda **kwargs: 3 * plain(**kwargs)
@@ -264,10 +266,10 @@ def test_the_trainer_keeps_a_loss_function_that_was_set(tmp_path):
 def test_a_small_penalty_in_the_models_loss_is_noticed():
     base = build("llama")
     tuner = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.05)).base_model
-    assert tuner.has_plain_loss
+    assert tuner.hidden_state_capture.probe().loss_is_plain
     plain = base.loss_function
     base.loss_function = lambda logits, **kwargs: plain(logits, **kwargs) + 1e-4 * logits.logsumexp(-1).square().mean()
-    assert not tuner.has_plain_loss
+    assert not tuner.hidden_state_capture.probe().loss_is_plain
 
 
 class AddsToItsLoss(LlamaForCausalLM):
@@ -301,7 +303,7 @@ def test_the_trainer_keeps_a_loss_that_is_not_the_plain_one(make_base, tmp_path)
     base = make_base()
     config = DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.0, target_modules=r".*layers\.\d+")
     trainer = make_trainer(get_dip_model(base, config), make_rows(), tmp_path, max_steps=1, learning_rate=0.0)
-    assert not trainer.model.base_model.has_plain_loss
+    assert not trainer.model.base_model.hidden_state_capture.probe().loss_is_plain
     seen = []
     trainer.model.get_base_model().register_forward_hook(
         lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True

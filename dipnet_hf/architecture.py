@@ -1,0 +1,324 @@
+"""Every question that this package asks of a network: its layers, their parts, its head, its loss.
+
+The answers come from what transformers guarantees and from what modules are; where a family of models is peculiar, a
+constant at the top of this file says so. To support a new family is to change this file alone.
+"""
+
+import inspect
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from .chunked_loss import OutputHead
+
+NAME_MODULES = (
+    "Name the modules whose inputs should be projected with target_modules=[...] or a regex, as in PEFT; "
+    "[name for name, _ in model.named_modules()] lists them."
+)
+# The sub-module that this package registers at a site; no question is about it.
+PROJECTION_NAME = "dip_projection"
+TEXT_INPUTS = ("input_ids", "inputs_embeds")
+# Inputs with a row per sequence.
+ROW_INPUTS = (*TEXT_INPUTS, "attention_mask", "position_ids")
+# States that recurrent models carry under other names than `past_key_values`, and that tell no position.
+RECURRENT_STATES = ("cache_params", "state")
+
+# What decoder layers are given that is one for all rows, or has a row for each in its first dimension. A layer that
+# takes anything else (position biases, shared keys) may hold rows in a place that is not known.
+_KNOWN_LAYER_INPUTS = {
+    "hidden_states",
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "past_key_values",
+    "layer_past",
+    "use_cache",
+    "cache_position",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "output_attentions",
+    "output_router_logits",
+    "kwargs",
+}
+# Models that give their layers' output the shape of the inputs' rows.
+_FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
+# Factors of the logits by the names that configs give them, and whether they multiply or divide.
+_LOGIT_FACTORS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_NUM_PROBED = 8  # tokens; more than one, as a padding token's embedding may be zero
+
+
+# ---- the config ----
+
+
+def setting(model: Any, name: str) -> Any:
+    """A setting of the model's config, None where there is no config or no such setting."""
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def text_config(model: Any) -> Any:
+    """The config of the text model: of the decoder, if there is an encoder too. None where there is no config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether the model reads one sequence and writes another."""
+    return bool(setting(model, "is_encoder_decoder"))
+
+
+def hidden_size(model: Any) -> int | None:
+    """The number of channels between the layers, if the config tells."""
+    return getattr(text_config(model), "hidden_size", None)
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens that a sequence may have, None where there is no limit."""
+    config = text_config(model) if isinstance(model, PreTrainedModel) else None
+    return getattr(config, "max_position_embeddings", None)
+
+
+# ---- layers and their parts ----
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The name of a module within the model."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def input_embedding(model: Any) -> Any:
+    """The table of token embeddings; None where there is none, as for images."""
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:
+        return None
+    return embedding if hasattr(embedding, "weight") else None
+
+
+def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    """Find the stack of layers of a transformer: the outermost `ModuleList` of `num_hidden_layers` entries.
+
+    Returns:
+        `list[tuple[str, nn.Module]]`: the layers with their names in `model`.
+
+    Raises:
+        ValueError: there is no such stack.
+    """
+    config = text_config(model)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if getattr(config, "is_encoder_decoder", False):
+        num_layers = getattr(config, "num_decoder_layers", num_layers)
+        roots = [decoder]
+    else:
+        roots = [decoder, model]
+    for root in (root for root in roots if root is not None):
+        lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+        for name, module in lists:
+            inside_another = any(name.startswith(f"{outer}.") for outer, _ in lists)
+            if len(module) == num_layers and not inside_another:
+                stack = name_of(model, module)
+                return [(f"{stack}.{i}", layer) for i, layer in enumerate(module)]
+    raise ValueError(f"No stack of {num_layers} layers was found in {type(model).__name__}. {NAME_MODULES}")
+
+
+def attention_of(layer: nn.Module) -> str | None:
+    """The name of a layer's attention, None if it has none."""
+    return next((name for name, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
+
+
+def mlp_of(layer: nn.Module) -> str | None:
+    """The name of a layer's feed-forward block, or of what stands for it: the first weight matrix past attention."""
+    candidates = [
+        (name, type(child).__name__)
+        for name, child in layer.named_children()
+        if "attention" not in type(child).__name__.lower()
+        and not re.search(r"attn|mamba|ssm", name)
+        and any(parameter.dim() >= 2 for parameter in child.parameters())
+    ]
+    by_name = [
+        name for name, kind in candidates if re.search(r"mlp|ffn|feed_?forward|moe|expert", f"{name} {kind}", re.I)
+    ]
+    return next(iter(by_name or [name for name, _ in candidates]), None)
+
+
+def linears_of(layer: nn.Module) -> list[tuple[str, tuple[int, int]]]:
+    """The names of a layer's linear layers, each with its number of input channels and their dimension."""
+    linears = []
+    for name, module in modules_outside_adapters(layer):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        channels = input_channels(module) if isinstance(base, (nn.Linear, Conv1D)) else None
+        if channels is not None:
+            linears.append((name, channels))
+    return linears
+
+
+def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The named modules without those of an adapter: `q_proj`, but not `q_proj.lora_A` or `q_proj.base_layer`."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if not name.startswith(inside or "\0") and name.rpartition(".")[2] != PROJECTION_NAME
+    ]
+
+
+def input_channels(module: nn.Module) -> tuple[int, int] | None:
+    """The number of channels of a module's input and their dimension, as far as the module itself tells.
+
+    A block tells by its first layer with weights if channels are dimension 1 there, as for a convolution.
+    """
+    leaf: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    children = [child for name, child in leaf.named_children() if name != PROJECTION_NAME]
+    if children:
+        first = next((child for child in children if next(child.parameters(), None) is not None), None)
+        channels = None if first is None else input_channels(first)
+        return channels if channels is not None and channels[1] == 1 else None
+    if isinstance(leaf, nn.modules.conv._ConvNd):
+        return leaf.in_channels, 1
+    if isinstance(leaf, nn.modules.batchnorm._NormBase):
+        return leaf.num_features, 1
+    if isinstance(leaf, Conv1D):
+        return leaf.nx, -1
+    if hasattr(leaf, "in_features"):
+        return leaf.in_features, -1
+    if isinstance(getattr(leaf, "weight", None), nn.Parameter) and leaf.weight.dim() == 1:  # LayerNorm, RMSNorm
+        return leaf.weight.shape[0], -1
+    return None
+
+
+# ---- rows ----
+
+
+def layers_take_more_rows(model: nn.Module, layers: list[nn.Module]) -> bool:
+    """Whether these layers can run on more rows than the model was given: all that they are given is known."""
+    known = all(set(inspect.signature(layer.forward).parameters) <= _KNOWN_LAYER_INPUTS for layer in layers)
+    return known and setting(model, "model_type") not in _FIXED_OUTPUT_SHAPE
+
+
+def needs_whole_rows(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether a forward pass looks at the rows outside its layers: all layers' outputs, or one mask for all."""
+    whole = ("output_router_logits", "output_hidden_states", "output_attentions")
+    asked = any(inputs.get(name) or setting(model, name) for name in whole)
+    return asked or setting(model, "_attn_implementation") == "flex_attention"
+
+
+def recomputes_without_hooks(model: nn.Module, layers: list[nn.Module]) -> bool:
+    """Whether gradient checkpointing recomputes the layers without what their pre-hooks did to the inputs."""
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    hooks_are_outside = "__call__" not in vars(GradientCheckpointingLayer) and all(
+        isinstance(layer, GradientCheckpointingLayer) for layer in layers
+    )
+    return checkpointed and not hooks_are_outside
+
+
+# ---- the head and the loss ----
+
+
+def plain_head(model: Any) -> nn.Linear | None:
+    """The output head, if it is a linear layer and nothing else: no adapter, not quantized, not sharded."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) is not nn.Linear or head._forward_hooks or not is_whole(head.weight):
+        return None
+    return head if head.weight.shape == (head.out_features, head.in_features) else None
+
+
+def output_head(model: Any, head: nn.Linear) -> OutputHead:
+    """What turns the head's input into logits, as the model's config has it and under the autocast of now."""
+    config = model.config.get_text_config()
+    factors = {name: getattr(config, name, None) for name in _LOGIT_FACTORS}
+    scales = [factor ** _LOGIT_FACTORS[name] for name, factor in factors.items() if factor is not None]
+    device_type = head.weight.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    return OutputHead(
+        weight_VD=head.weight,
+        bias_V=head.bias,
+        dtype=torch.get_autocast_dtype(device_type) if autocast else head.weight.dtype,
+        scale=scales[0] if scales else 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+class ModelProbe(NamedTuple):
+    """What one forward pass of a few tokens tells of a model."""
+
+    has_run: bool = False  # a sharded model is not asked
+    logits_are_plain: bool = False  # `output_head` gives the model's logits
+    loss_is_plain: bool = False  # the model's own loss is the shifted cross entropy, averaged over the tokens
+
+
+def probe(model: Any, head: nn.Linear | None) -> ModelProbe:
+    """Run the model on a few tokens, and compare its logits and its loss with the plain ones.
+
+    Args:
+        model (`nn.Module`): a network that takes tokens, without noise.
+        head (`nn.Linear`, *optional*): its `plain_head`.
+    """
+    embedding: Any = getattr(input_embedding(model), "weight", None)
+    if not isinstance(embedding, torch.Tensor) or embedding.dim() != 2 or not is_whole(embedding):
+        return ModelProbe()
+    inputs: list[torch.Tensor] = []
+    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    ids = torch.arange(min(len(embedding), _NUM_PROBED), device=embedding.device)
+    labels = ids.square() % len(ids)  # neither the next token nor the same one
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[embedding.device] if embedding.is_cuda else []),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # a reentrant checkpoint asks for gradients
+            outputs = model(input_ids=ids[None], labels=labels[None])
+            ours = None
+            if head is not None and len(inputs) == 1:
+                ours = output_head(model, head).logits(inputs[0].to(head.weight.device))
+    finally:
+        if hook is not None:
+            hook.remove()
+    logits = outputs.logits
+    plain_loss = F.cross_entropy(logits[0, :-1].float(), labels[1:].to(logits.device))
+    tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    return ModelProbe(
+        has_run=True,
+        logits_are_plain=ours is not None and _are_close(ours.to(logits.device), logits.float(), tolerance),
+        loss_is_plain=outputs.loss is not None and _are_close(outputs.loss.to(plain_loss), plain_loss, 1e-5),
+    )
+
+
+def _are_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    """Whether all entries agree; infinite ones, of a mask, agree with nothing."""
+    return bool(torch.isfinite(b).all()) and torch.allclose(a, b, rtol=tolerance, atol=1e-5)
+
+
+def is_whole(weight: torch.Tensor) -> bool:
+    """Whether a weight is all here: not on the meta device, not sharded over processes."""
+    return not weight.is_meta and weight.numel() > 0 and not isinstance(weight, DTensor)
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the labels of position t are the targets of position t - 1, as for a causal language model."""
+    if is_encoder_decoder(model):
+        return False
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is None:  # a class whose name tells transformers nothing, such as GPT2LMHeadModel
+        return isinstance(model, PreTrainedModel) and model.can_generate()
+    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+
+
+def adds_router_loss(model: Any) -> bool:
+    """Whether the model adds the load-balancing loss of a mixture of experts to its own."""
+    return bool(getattr(text_config(model), "output_router_logits", False))
+
+
+def router_loss_weight(model: Any) -> float:
+    """The weight of the load-balancing loss of a mixture of experts."""
+    return text_config(model).router_aux_loss_coef

@@ -1,0 +1,75 @@
+"""Batches of S samples: every row repeated once per sample, and the positions at which there is a target.
+
+Shape legend: S samples, B batch, L sequence, V vocabulary, N supervised tokens. A batch of S samples is laid out
+sample by sample: rows 0..B-1 are sample 0, rows B..2B-1 sample 1, and so on.
+"""
+
+from typing import Any
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    """Repeat every row of `batch` once per sample, sample by sample.
+
+    Boundaries of sequences in one row, of packed and padding-free data, go on where the last sample ended.
+
+    Args:
+        batch (`dict`): model inputs with `labels`, whose first dimension is the batch.
+        num_samples (`int`): S.
+    """
+    if num_samples == 1:
+        return batch
+    if "labels" not in batch:
+        raise ValueError(
+            f"num_samples={num_samples} repeats the rows of `labels`, and the batch has only {sorted(batch)}."
+        )
+    rows = batch["labels"].shape[0]
+    expanded = {**batch, **_boundaries(batch)}
+    for name, value in expanded.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        if name.startswith("cu_seq_lens"):
+            starts, total = value[:-1], value[-1:]
+            expanded[name] = torch.cat([starts + s * total for s in range(num_samples)] + [num_samples * total])
+        elif value.shape[0] == rows:
+            expanded[name] = value.repeat(num_samples, *[1] * (value.dim() - 1))
+        else:
+            raise ValueError(
+                f"num_samples={num_samples} repeats the rows of a batch, and {name} of shape {tuple(value.shape)} "
+                f"does not have one for each of the {rows} rows. Use num_samples=1."
+            )
+    return expanded
+
+
+def _boundaries(batch: dict[str, Any]) -> dict[str, Any]:
+    """The boundaries of sequences in one row that only positions tell: in several rows flash attention sees none."""
+    positions = batch.get("position_ids")
+    known = any(name.startswith("cu_seq_lens") for name in batch)
+    if known or positions is None or positions.dim() != 2 or len(positions) > 1 or (positions == 0).sum() < 2:
+        return {}
+    starts = (positions[0] == 0).nonzero().flatten().to(torch.int32)
+    boundaries = torch.cat([starts, starts.new_tensor([positions.shape[1]])])
+    longest = int(boundaries.diff().max())
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def supervised(outputs: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select the supervised positions: outputs of shape `(rows * N, ...)` and their targets of shape `(rows * N,)`.
+
+    Args:
+        outputs (`torch.Tensor`): logits or hidden states of shape `(rows, L, ...)`, or `(rows, V)` for classes.
+        labels (`torch.Tensor`): of shape `(rows, L)` or `(rows,)`, -100 where unsupervised.
+        shift (`bool`): the labels of position t are the targets of position t - 1.
+    """
+    if shift:
+        outputs, labels = outputs[:, :-1], labels[:, 1:]
+    mask = labels != IGNORE_INDEX
+    return outputs[mask], labels[mask]

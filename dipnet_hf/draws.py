@@ -1,0 +1,110 @@
+"""What decides a site's noise in one forward pass: fresh noise, noise by position, or that of a pass being recomputed.
+
+Shape legend: S samples, B batch, L sequence, D hidden size.
+"""
+
+from collections import deque
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .noise import PositionNoise, Positions, add_noise, fold_in, project, shaped_std
+
+# Far more than the forward passes that wait for their backward pass at any time.
+_MAX_REMEMBERED_FORWARDS = 256
+
+
+class SiteDraw(Protocol):
+    """What decides a site's noise in one forward pass."""
+
+    def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
+        """Draw u of eq. (1)."""
+
+    def repeated(self, number: int) -> "SiteDraw":
+        """The draw for the site's `number`-th use in the same forward pass."""
+
+
+class FreshDraw(NamedTuple):
+    """Fresh noise for every row: see `noise.draw_noise`."""
+
+    key: torch.Tensor
+    antithetic: bool
+
+    def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
+        """See `SiteDraw`."""
+        return project(x, logvar, scale, self.key, self.antithetic, channel_dim)
+
+    def repeated(self, number: int) -> "FreshDraw":
+        """See `SiteDraw`."""
+        return self._replace(key=fold_in(self.key, number))
+
+
+class PositionDraw(NamedTuple):
+    """One site's noise in a pass of k samples: a function of the sample and of each token's position."""
+
+    key: torch.Tensor
+    num_samples: int
+    noise: PositionNoise
+    positions: Positions | None  # None for inputs without positions, such as images
+
+    def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
+        """See `SiteDraw`."""
+        if self.positions is None:
+            noise = self.noise.whole(x.shape[1:], x.device)
+            std = shaped_std(x, logvar, scale, channel_dim)
+            return add_noise(x.unflatten(0, (self.num_samples, -1)), noise, std).flatten(0, 1)
+        noise = self.noise.at(self.positions, x.shape[-1], x.device)
+        rows, length = x.shape[0] // self.num_samples, noise.shape[2]
+        if x.dim() == 2:  # an expert's or OPT's layer, whose tokens are in one row
+            rows = rows // length
+        if x.numel() != self.num_samples * rows * length * x.shape[-1]:
+            raise ValueError(
+                f"An ensemble's noise is one of each token, and a site's input of shape {tuple(x.shape)} does not "
+                f"hold {self.num_samples} samples of {length} tokens. Choose sites that see every token."
+            )
+        x_SBLD = x.reshape(self.num_samples, rows, length, x.shape[-1])
+        return add_noise(x_SBLD, noise, shaped_std(x, logvar, scale, -1)).view(x.shape)
+
+    def repeated(self, number: int) -> "PositionDraw":
+        """See `SiteDraw`."""
+        key = fold_in(self.key, number)
+        return self._replace(key=key, noise=PositionNoise(key, self.num_samples))
+
+
+class RecomputeMemory:
+    """The draws of recent forward passes, found again when a checkpointed layer is recomputed.
+
+    A layer is recomputed within a backward pass, while the engine evaluates a node of the graph that the layer's
+    forward pass built. Nodes are numbered as they are made, so the node's number tells which forward pass that was,
+    even if others have begun since. (A reentrant checkpoint within another makes its nodes late: there the latest
+    forward pass is taken.)
+    """
+
+    def __init__(self) -> None:
+        self._forwards: deque[tuple[int, dict[str, SiteDraw | None]]] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
+        self.blind = False  # set by a compiled forward pass, which cannot be remembered
+
+    def remember(self, draws: dict[str, SiteDraw | None]) -> None:
+        """Note the draws, by site name, of a forward pass that begins now; there are none while noise is off."""
+        self._forwards.append((torch.autograd._get_sequence_nr(), draws))
+
+    def note_repeated(self, name: str) -> None:
+        """Note that the site ran several times in the latest forward pass, so that one draw cannot stand for it."""
+        if self._forwards and name in self._forwards[-1][1]:
+            self._forwards[-1][1][name] = None
+
+    def recall(self, node: torch.autograd.graph.Node, name: str) -> SiteDraw | None:
+        """The draw that the site had in the forward pass that made `node`, None if noise was off."""
+        number = node._sequence_nr()
+        draws = next((draws for first_node, draws in reversed(self._forwards) if first_node <= number), None)
+        if self.blind:
+            raise RuntimeError(
+                f"Site '{name}' is recomputed in the backward pass of a compiled model, which does not tell which "
+                "draw to repeat. Project whole decoder layers, or switch compilation or checkpointing off."
+            )
+        if draws is None or draws.get(name, "off") is None:
+            raise RuntimeError(
+                f"Site '{name}' is recomputed in the backward pass, but it did not run exactly once in the model's "
+                "forward pass, so its noise cannot be repeated. Disable gradient checkpointing."
+            )
+        return draws.get(name)

@@ -1,0 +1,77 @@
+"""Captures what enters a causal language model's output head, so that its loss can be computed without logits."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architecture import ModelProbe, output_head, plain_head, probe
+from .chunked_loss import OutputHead
+
+
+class HiddenStateCapture:
+    """Captures the hidden states of a forward pass before the output head, which sees no token then.
+
+    Args:
+        model (`nn.Module`): the network.
+        without_noise (`Callable`): gives a context without noise, in which the model is probed.
+    """
+
+    def __init__(self, model: nn.Module, without_noise: Callable[[], AbstractContextManager[None]]) -> None:
+        self._model: Any = model
+        self._without_noise = without_noise
+        self._probed: tuple[tuple, ModelProbe] | None = None
+        self._captured: tuple[torch.Tensor, OutputHead] | None = None
+
+    @contextmanager
+    def capturing(self, rows_and_length: torch.Size) -> Iterator[None]:
+        """In this context's forward pass, capture the hidden states of shape `(*rows_and_length, D)`.
+
+        Nothing is captured, and the logits are complete, where the head is not a plain linear layer (an adapter is on
+        it, it is quantized or sharded), in a compiled model, and where the probe found other logits.
+        """
+        head = plain_head(self._model)
+        if head is None or not self.probe().logits_are_plain:
+            yield
+            return
+
+        def capture(module: nn.Linear, args: tuple) -> tuple | None:
+            if torch.compiler.is_compiling() or self._captured is not None or args[0].shape[:-1] != rows_and_length:
+                return None
+            self._captured = args[0].to(module.weight.device), output_head(self._model, module)
+            return (args[0][:, :0], *args[1:])
+
+        hook = head.register_forward_pre_hook(capture)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._captured = None
+
+    def pop(self) -> tuple[torch.Tensor, OutputHead] | None:
+        """The hidden states of shape `(rows, L, D)` and the head of this context's pass, if they were captured."""
+        captured, self._captured = self._captured, None
+        return captured
+
+    def probe(self) -> ModelProbe:
+        """What a forward pass of a few tokens tells of the model; it runs once, and again after a change.
+
+        A warning says so if the head is a plain one and its logits are not.
+        """
+        head = plain_head(self._model)
+        # What may be replaced between two forward passes: the head's computation and the model's loss function.
+        state = None if head is None else head.forward, vars(self._model).get("_loss_function")
+        if self._probed is None or self._probed[0] != state:
+            with self._without_noise():
+                found = probe(self._model, head)
+            self._probed = state, found
+            if found.has_run and head is not None and not found.logits_are_plain:
+                warnings.warn(
+                    f"The logits of {type(self._model).__name__} are not the plain output of its head, so the loss "
+                    "is computed from all of them at once, which takes more memory.",
+                    stacklevel=2,
+                )
+        return self._probed[1]
