@@ -74,7 +74,7 @@ class DipConfig(PeftConfig):
     granularity: str = field(default="channel", metadata={"help": "'channel' or 'layer'."})
     noise_scale: str = field(default="relative", metadata={"help": "'relative' or 'absolute'."})
     init_noise_std: float | str = field(default="auto", metadata={"help": "Initial noise std, or 'auto'."})
-    init_loss_increase: float = field(default=0.03, metadata={"help": "Nats per token that 'auto' noise costs."})
+    init_loss_increase: float = field(default=0.02, metadata={"help": "Nats per token that 'auto' noise costs."})
     logvar_learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate of the log-variances."})
     num_samples: int = field(default=1, metadata={"help": "Noise samples per row."})
     sampling: str | None = field(default=None, metadata={"help": "'pairs' or 'independent'."})
