@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dipnet_hf.report import provenance
+from report import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

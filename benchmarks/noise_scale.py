@@ -27,12 +27,12 @@ if not __package__:  # run as a script: Python put benchmarks/ on the path, and 
 
 from benchmarks.measure import RESULTS
 from dipnet_hf import get_dip_model
-from dipnet_hf.report import provenance
 from dipnet_hf.scale import ScaleMeter, channel_scale
 from recipes import finetune
 from recipes.config import FinetuneConfig, load_config
 from recipes.data import make_collator
 from recipes.finetune import load_tokenizer, model_dtype, prepare_data
+from report import provenance
 
 NUM_CALIBRATION_BATCHES = 8
 NUM_TRAIN, NUM_VALIDATION = 200, 100

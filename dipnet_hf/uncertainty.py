@@ -1,7 +1,7 @@
 """Calibration, selective prediction and entropies: what confidences and predictive distributions say. numpy, torch.
 
 The metrics take one confidence in [0, 1] and one `correct` in {0, 1} an answer, as lists, arrays or tensors of one
-dimension, in any order: no result depends on it. Drawing is in `dipnet_hf.report`, sampling in `dipnet_hf.ensemble`.
+dimension, in any order: no result depends on it. Drawing is in `report`, sampling in `dipnet_hf.ensemble`.
 
 Shape legend: S samples, N any number of leading dimensions (batch, sequence), V vocabulary.
 """

@@ -17,8 +17,8 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put eval/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dipnet_hf.report import format_spreads, provenance
 from eval import run
+from report import format_spreads, provenance
 
 TEMPERATURE = "do_sample=True,temperature=0.7"
 SHOWN = {"accuracy": "accuracy", "ECE": "ece_width", "NLL": "nll", "AUROC": "auroc", "AURC": "aurc"}

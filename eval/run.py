@@ -32,10 +32,10 @@ if not __package__:  # run as a script: Python put eval/ on the path, and the im
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dipnet_hf.lm_eval_model import VOTE, DipLM, Responses, check_mode
-from dipnet_hf.report import provenance
-from dipnet_hf.report.tables import format_table
 from eval.calibration import FIGURES, calibration, confidences, metric_of
 from eval.task_files import TASKS, check_data_files, resolve_tasks
+from report import provenance
+from report.tables import format_table
 
 NOT_SUPPORTED = {
     "use_cache": "finished responses are kept in the output folder anyway",

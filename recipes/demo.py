@@ -19,11 +19,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dipnet_hf.report import format_spreads, plot_losses, plot_noise, provenance
 from recipes import finetune
 from recipes.data import format_prompt, make_collator, tokenize
 from recipes.tiny_model import tiny_llama, train_tokenizer
 from recipes.word_problems import generate_splits
+from report import format_spreads, plot_losses, plot_noise, provenance
 
 FOLDER = Path("runs/demo")
 CONFIG = "recipes/configs/word-problems.yaml"

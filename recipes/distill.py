@@ -31,11 +31,11 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dipnet_hf.batches import supervised
-from dipnet_hf.report import provenance
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
 from recipes.data import format_prompt, make_collator, read_json_lines
 from recipes.finetune import check_output_dir, load_tokenizer, model_dtype, prepare_data, train
+from report import provenance
 
 Targets = tuple[
     torch.Tensor, torch.Tensor | None

@@ -29,7 +29,6 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dipnet_hf import DipTrainer, get_dip_model
-from dipnet_hf.report import format_summary, provenance
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import (
@@ -42,6 +41,7 @@ from recipes.data import (
     tokenize,
     training_set,
 )
+from report import format_summary, provenance
 
 
 def main(arguments: list[str] | None = None) -> None:

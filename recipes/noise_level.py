@@ -19,10 +19,10 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dipnet_hf import get_dip_model
-from dipnet_hf.report import plot_noise_level, provenance
 from recipes.config import load_config
 from recipes.data import make_collator
 from recipes.finetune import load_tokenizer, model_dtype, prepare_data, write_results
+from report import plot_noise_level, provenance
 
 STDS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
 

@@ -20,18 +20,18 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dipnet_hf import predict
-from dipnet_hf.report import (
+from recipes.config import FinetuneConfig, load_config
+from recipes.data import format_prompt, read_json_lines, read_problems
+from recipes.distill import load_teacher
+from recipes.finetune import load_tokenizer
+from report import (
     plot_against_samples,
     plot_reliability,
     plot_risk_coverage,
     plot_tokens,
     write_tokens_html,
 )
-from dipnet_hf.report.results import read_results, settings
-from recipes.config import FinetuneConfig, load_config
-from recipes.data import format_prompt, read_json_lines, read_problems
-from recipes.distill import load_teacher
-from recipes.finetune import load_tokenizer
+from report.results import read_results, settings
 
 CURVES = {"nll": "NLL, nats per token", "accuracy": "accuracy of the likeliest token"}
 METRICS = ("exact_match", "acc")  # which of a sample's entries tells that the answer is right

@@ -14,9 +14,9 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dipnet_hf.report import format_spreads
-from dipnet_hf.report.results import numbers, read_results
 from recipes.plots import check_same_settings, split_groups
+from report import format_spreads
+from report.results import numbers, read_results
 
 
 def main(arguments: list[str] | None = None) -> None:

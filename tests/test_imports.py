@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "dipnet_hf"
-PROGRAMS = {"benchmarks", "eval", "recipes", "tests"}
+PROGRAMS = {"benchmarks", "eval", "recipes", "report", "tests"}
 STEMS = sorted(path.relative_to(LIBRARY).with_suffix("").as_posix() for path in LIBRARY.rglob("*.py"))
 
 
@@ -67,8 +67,6 @@ TABLE = {
     "trainer": Row(ours="architecture batches loss model objective", others="torch transformers"),
     "sft_trainer": Row(ours="trainer", others="torch transformers trl"),
     "lm_eval_model": Row(ours="ensemble model noise", others="lm_eval peft torch transformers"),
-    "report": Row(ours="public uncertainty", others="numpy", lazy="matplotlib"),
-    "report/provenance": Row(others="torch"),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
     "__init__": Row(ours="config ensemble loss model objective registry", lazy="sft_trainer trainer"),
 }
@@ -121,7 +119,7 @@ def imports(source: str, package: str = LIBRARY.name) -> list[Import]:
 
 
 def find_row(stem: str) -> Row | None:
-    """Find the row of a file, or of its folder: `report/plots` -> `report`."""
+    """Find the row of a file, or of its folder: `kernels/projection` -> `kernels`."""
     return TABLE.get(stem, TABLE.get(stem.split("/")[0]))
 
 
@@ -138,19 +136,30 @@ def violations(stem: str, row: Row, found: list[Import]) -> list[str]:
     return problems
 
 
+def imports_of(stem: str) -> list[Import]:
+    """List the imports of one file of the library."""
+    package = ".".join([LIBRARY.name, *stem.split("/")[:-1]])
+    return imports((LIBRARY / f"{stem}.py").read_text(), package)
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_file_follows_the_table(stem):
     row = find_row(stem)
     assert row is not None, f"{stem}.py is new: say in TABLE what it may import"
-    package = ".".join([LIBRARY.name, *stem.split("/")[:-1]])
-    found = imports((LIBRARY / f"{stem}.py").read_text(), package)
+    found = imports_of(stem)
     assert not violations(stem, row, found)
     assert not PROGRAMS & {entry.name for entry in found}
 
 
-def test_every_named_file_has_a_row():
-    named = {name for row in TABLE.values() for name in row.ours.split()}
-    assert named <= {*TABLE, "public"}
+@pytest.mark.parametrize("name", TABLE)
+def test_a_row_allows_what_its_files_import_and_no_more(name):
+    files = [stem for stem in STEMS if stem == name or stem.startswith(f"{name}/")]
+    assert files, f"TABLE has a row for {name}, and the library has no such file"
+    found = [entry for stem in files for entry in imports_of(stem)]
+    used = {entry.name for entry in found if not entry.lazy}
+    row = TABLE[name]
+    assert not {*row.ours.split(), *row.others.split()} - used
+    assert not set(row.lazy.split()) - {entry.name for entry in found if entry.lazy}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +172,7 @@ def test_every_named_file_has_a_row():
         ("from .config import DipConfig", ("config", True, False)),
         ("from dipnet_hf import DipConfig", ("public", True, False)),
         ("import dipnet_hf", ("public", True, False)),
-        ("import dipnet_hf.report.plots", ("report", True, False)),
+        ("import dipnet_hf.kernels.projection", ("kernels", True, False)),
         ("def f():\n    from .config import DipConfig", ("config", True, True)),
         ("class A:\n    import trl", ("trl", False, False)),
         ("if True:\n    import trl", ("trl", False, False)),
@@ -176,8 +185,8 @@ def test_imports_are_seen(source, expected):
 
 
 def test_relative_imports_of_a_folder_are_seen():
-    found = imports("from .results import a\nfrom ..model import b\nfrom .. import DipConfig", "dipnet_hf.report")
-    assert [entry.name for entry in found] == ["report", "model", "public"]
+    found = imports("from .projection import a\nfrom ..model import b\nfrom .. import DipConfig", "dipnet_hf.kernels")
+    assert [entry.name for entry in found] == ["kernels", "model", "public"]
 
 
 def test_violations_are_reported():

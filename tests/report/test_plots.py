@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from dipnet_hf.report import plot_losses, plot_noise
+from report import plot_losses, plot_noise
 
 LOG_HISTORY = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_nll": 2.5}]
 NOISE = [

@@ -5,7 +5,7 @@ import subprocess
 
 import torch
 
-from dipnet_hf.report import provenance
+from report import provenance
 
 
 def run_git(folder, *arguments):

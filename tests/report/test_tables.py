@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dipnet_hf.report import format_seeds, format_summary
+from report import format_seeds, format_summary
 
 
 def test_summary_has_configuration_metrics_and_scores(write_results):

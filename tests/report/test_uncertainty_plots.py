@@ -11,14 +11,14 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from dipnet_hf.report import (
+from dipnet_hf.uncertainty import area_under_risk_coverage, expected_calibration_error, risk_coverage
+from report import (
     plot_against_samples,
     plot_reliability,
     plot_risk_coverage,
     plot_tokens,
     write_tokens_html,
 )
-from dipnet_hf.uncertainty import area_under_risk_coverage, expected_calibration_error, risk_coverage
 
 ROWS = [
     {"method": "dip", "num_samples": 4, "seed": 0, "nll": 1.0},

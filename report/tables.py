@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from dipnet_hf.report.results import numbers, read_results, settings
+from report.results import numbers, read_results, settings
 
 
 def format_summary(results: dict) -> str:

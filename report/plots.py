@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dipnet_hf.report.results import read_results
+from report.results import read_results
 
 
 def plot_losses(result_files: list[str], path: str) -> None:
