@@ -1,10 +1,10 @@
-"""What answering by k trajectories costs: time and peak memory of an ensemble in generation and in scoring.
+"""What answering by k samples costs: time and peak memory of an ensemble in generation and in scoring.
 
     python benchmarks/ensemble.py                # all rows, tables and benchmarks/results/ensemble-<device>.json
     python benchmarks/ensemble.py --hidden 256 --samples 1 8 --rounds 3
 
 Generation is greedy, from one prompt of random tokens, of the same number of new tokens on every side: `plain` is one
-call of the network without DIPNet, `separate` k calls of one trajectory each, `ensemble` one call of k trajectories.
+call of the network without DIPNet, `separate` k calls of one sample each, `ensemble` one call of k samples.
 Scoring is a forward pass of the prompts and options of multiple-choice questions, batch by batch, with the noise off
 and inside an ensemble. Time is measured in rounds: every side once, in rotating order, in one process, so that what
 else the machine does hits all; a row gives the median and the quartiles of the rounds' ratios. Peak memory, model
@@ -118,19 +118,19 @@ def answer(model: nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def answer_by_ensemble(model: nn.Module, prompt: dict[str, torch.Tensor], samples: int, seed: int = 0) -> torch.Tensor:
-    """Generate the answer of k trajectories in one call."""
+    """Generate the answer of k samples in one call."""
     with model.ensemble(samples, seed=seed):
         return answer(model, prompt)
 
 
 def answer_separately(model: nn.Module, prompt: dict[str, torch.Tensor], samples: int) -> list[torch.Tensor]:
-    """Generate k answers of one trajectory each."""
+    """Generate k answers of one sample each."""
     return [answer_by_ensemble(model, prompt, 1, seed) for seed in range(samples)]
 
 
 @torch.no_grad()
 def score(model: nn.Module, batch: dict[str, torch.Tensor], samples: int) -> torch.Tensor:
-    """The logits of a batch of requests under the mean of k trajectories; of none, with the noise off."""
+    """The logits of a batch of requests under the mean of k samples; of none, with the noise off."""
     with model.ensemble(samples) if samples else model.deterministic():
         return model(**batch).logits
 
@@ -191,7 +191,7 @@ def time_generation(hidden: int, layers: str, samples: int, num_rounds: int) -> 
 
 
 def scoring_row(hidden: int, samples: int, memory: Callable[..., int]) -> dict:
-    """Compare k trajectories with the noise switched off, batch by batch."""
+    """Compare k samples with the noise switched off, batch by batch."""
     rounds = time_scoring(hidden, samples)
     noise_off, ensemble = (memory("score", hidden, "all", k) for k in (0, samples))
     return {

@@ -128,7 +128,7 @@ def count_flops(model, batch: dict) -> int:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a row."""
+    """Print one line per row."""
     print(f"{'std':>4} {'steps':>5} {'S':>2} {'':<13}  noise variance  FLOPs  product  noise share  total product")
     for row in rows:
         print(

@@ -1,6 +1,6 @@
 """What the benchmarks share: seconds in interleaved rounds, peak memory in a process of its own, result files.
 
-What is measured stands in the scripts, one a question.
+What is measured stands in the scripts, one per question.
 """
 
 import contextlib

@@ -5,7 +5,7 @@
 One quantity is changed at a time, from a common point. The exponent of a power law is fitted to all points of a curve
 (least squares in log-log), and beside it stands the local exponent between the last two: a curve that is linear has 1.
 Times are medians of rounds that take all points in turns; peak memory is of a process of its own. A training step is
-that of `step.py` with all weights; k counts the trajectories of a pass without gradients. Not run on a GPU yet.
+that of `step.py` with all weights; k counts the samples of a pass without gradients. Not run on a GPU yet.
 """
 
 import argparse

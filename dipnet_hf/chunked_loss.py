@@ -71,7 +71,8 @@ def chunked_loss(
         stability_target,
         torch.is_grad_enabled(),
     )
-    return Terms(total, *terms, len(targets_R) // num_samples)
+    nll, stability = terms.unbind()
+    return Terms(total, nll, stability, len(targets_R) // num_samples)
 
 
 class _ChunkedLoss(torch.autograd.Function):

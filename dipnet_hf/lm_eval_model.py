@@ -1,22 +1,18 @@
-"""The `dip` model of lm-evaluation-harness: a network with its noise off, or k noisy trajectories through it.
+"""The `dip` model of lm-evaluation-harness: a network with its noise off, or k noisy samples of it.
 
-Importing this file registers it with the harness. `Responses` keeps what a long evaluation has finished.
-`eval/run.py` is the program around both.
+Importing this file registers it with the harness.
 """
 
-import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -26,105 +22,25 @@ from transformers import PreTrainedModel
 from .ensemble import AVERAGES
 from .model import DipModel
 from .noise import fold_in
+from .responses import Responses
 
 VOTE = "vote"
 logger = logging.getLogger(__name__)
 
 
-class Responses(CacheHook):
-    """Finished responses, one JSON line each in `<folder>/responses.jsonl`, from where a rerun takes them.
-
-    The harness' own cache pickles, and gives one answer to all repeats of a request. Here a line holds the hash of a
-    request, the trajectory that answered it, and the response; the first line holds the run's fingerprint. Process
-    n > 0 of several writes to `responses-<n>.jsonl`, and each reads the files of all, so their number may change.
-
-    Args:
-        folder (`str`): is created if it is not there.
-        fingerprint (`dict`): what the responses depend on besides the requests, JSON-serializable.
-
-    Raises:
-        ValueError: the folder holds responses under another fingerprint, or a broken line. A last line that was torn
-            by a killed process is dropped.
-    """
-
-    def __init__(self, folder: str | os.PathLike, fingerprint: dict[str, Any]) -> None:
-        super().__init__(None)
-        self.trajectory: int | None = None  # the one that answers now, in a vote
-        self._finished: dict[tuple[str, int | None], list] = defaultdict(list)
-        self._fingerprint = json.loads(json.dumps(fingerprint))
-        for path in sorted(Path(folder).glob("responses*.jsonl")):
-            self._read(path)
-        rank = int(os.environ.get("RANK", "0"))
-        self._path = Path(folder) / ("responses.jsonl" if rank == 0 else f"responses-{rank}.jsonl")
-        self._file: TextIO | None = None  # opened with the first response: a run that fails earlier leaves none
-
-    def take(self, kind: str, args: tuple) -> Any:
-        """Hand out a finished response to a request, each once; None if there is none left."""
-        finished = self._finished[hash_args(kind, args), self.trajectory]
-        response = finished.pop(0) if finished else None
-        return tuple(response) if isinstance(response, list) else response  # a log-likelihood's pair
-
-    def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
-        """Write one response; the harness calls this as soon as its batch is done."""
-        self._write({"request": hash_args(attr, req), "trajectory": self.trajectory, "response": res})
-
-    def _read(self, path: Path) -> None:
-        for number, line in enumerate(_whole_lines(path), start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is broken: {error}. Remove it.") from error
-            if number == 1:
-                _check_fingerprint(path, row.get("fingerprint", {}), self._fingerprint)
-            else:
-                self._finished[row["request"], row["trajectory"]].append(row["response"])
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self._file is None:
-            self._file = self._open()
-        self._file.write(json.dumps(row) + "\n")
-
-    def _open(self) -> TextIO:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.touch()
-        lines = _whole_lines(self._path)
-        os.truncate(self._path, sum(len(line) + 1 for line in lines))
-        file = open(self._path, "a", encoding="ascii", buffering=1)  # noqa: SIM115  (stays open)
-        if not lines:
-            file.write(json.dumps({"fingerprint": self._fingerprint}) + "\n")
-        return file
-
-
-def _whole_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="ascii").split("\n")[:-1]
-
-
-def _check_fingerprint(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} holds the responses of another run: {'; '.join(changed)}. Choose another --output_path, or "
-            "repeat that run's command to resume it."
-        )
-
-
 @register_model("dip")
 class DipLM(HFLM):
-    """The harness' `hf` model, which answers by the mean of k noisy trajectories or by their vote.
+    """The harness' `hf` model, which answers by the mean of k noisy samples or by their vote.
 
-    With `average="vote"` every trajectory writes an answer of its own, for self-consistency (arXiv 2203.11171): a task
-    repeats its requests k times, and the j-th repeat is answered by trajectory j. Log-likelihoods have nothing to vote
+    With `average="vote"` every sample writes an answer of its own, for self-consistency (arXiv 2203.11171): a task
+    repeats its requests k times, and the j-th repeat is answered by sample j. Log-likelihoods have nothing to vote
     on; there a vote is the mean probability.
 
     Args:
         pretrained (`str` or model): the base model's folder or Hub id, or a model in memory, such as a `PeftModel`.
         num_samples (`int`, *optional*): k. Without it the noise is off, and every score is that of `hf`.
         average (`str`): `"prob"` or `"logit"`, as in `model.ensemble`, or `"vote"`.
-        seed (`int`): which k trajectories.
+        seed (`int`): which k samples.
         responses (`Responses`, *optional*): keeps finished responses, and hands them out again.
         peft (`str`, *optional*): the adapter's folder or Hub id.
         **kwargs: what `hf` takes: `revision`, `tokenizer`, `batch_size`, `dtype`, `max_length`, ...
@@ -174,19 +90,19 @@ class DipLM(HFLM):
             self.set_cache_hook(responses)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score continuations, under the mean of k trajectories if there are any."""
+        """Score continuations, under the mean of k samples if there are any."""
         answer = partial(super().loglikelihood, disable_tqdm=disable_tqdm)
         with self._network():
             return self._finish("loglikelihood", requests, answer)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts, under the mean of k trajectories if there are any."""
+        """Score whole texts, under the mean of k samples if there are any."""
         answer = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
         with self._network():
             return self._finish("loglikelihood_rolling", requests, answer)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Write answers; in a vote the j-th repeat of each request by trajectory j."""
+        """Write answers; in a vote the j-th repeat of each request by sample j."""
         self._check_generation(requests)
         answer = partial(super().generate_until, disable_tqdm=disable_tqdm)
         if self.num_samples is not None and self.average == VOTE:
@@ -206,7 +122,7 @@ class DipLM(HFLM):
         self._model = PeftModel.from_pretrained(self._model, peft, revision=revision)
 
     def _network(self) -> AbstractContextManager[None]:
-        """The network that answers: the mean of k trajectories, or the one without noise."""
+        """The network that answers: the mean of k samples, or the one without noise."""
         if self.num_samples is not None:
             average = "prob" if self.average == VOTE else self.average
             return self.model.ensemble(self.num_samples, average, self.seed)
@@ -220,17 +136,17 @@ class DipLM(HFLM):
             indices[num_seen[id(request)] % num_samples].append(index)
             num_seen[id(request)] += 1
         answers: dict[int, str] = {}
-        for trajectory, chosen in enumerate(indices):
-            with self.model.ensemble(1, seed=int(fold_in(torch.tensor(self.seed), trajectory))):
-                texts = self._finish("generate_until", [requests[index] for index in chosen], answer, trajectory)
+        for sample, chosen in enumerate(indices):
+            with self.model.ensemble(1, seed=int(fold_in(torch.tensor(self.seed), sample))):
+                texts = self._finish("generate_until", [requests[index] for index in chosen], answer, sample)
             answers.update(zip(chosen, texts, strict=True))
         return [answers[index] for index in range(len(requests))]
 
-    def _finish(self, kind: str, requests: list[Instance], answer: Callable, trajectory: int | None = None) -> list:
+    def _finish(self, kind: str, requests: list[Instance], answer: Callable, sample: int | None = None) -> list:
         """Answer the requests that no earlier run has finished."""
         if self.responses is None:
             return answer(requests)
-        self.responses.trajectory = trajectory
+        self.responses.sample = sample
         finished = [self.responses.take(kind, request.args) for request in requests]
         remaining = [request for request, response in zip(requests, finished, strict=True) if response is None]
         num_finished = len(requests) - len(remaining)
@@ -257,14 +173,14 @@ class DipLM(HFLM):
                 )
         if self.average == VOTE and (wrong := {request.repeats for request in requests} - {self.num_samples}):
             raise ValueError(
-                f"average=vote gives the j-th of num_samples={self.num_samples} trajectories the j-th repeat of a "
+                f"average=vote gives the j-th of num_samples={self.num_samples} samples the j-th repeat of a "
                 f"request, and the task repeats each {wrong.pop()} times. Use eval/run.py, or set "
                 f"repeats: {self.num_samples} and a majority_vote filter in the task."
             )
 
 
 def check_mode(num_samples: Any, average: Any, seed: Any) -> None:
-    """Check the arguments that choose how trajectories answer.
+    """Check the arguments that choose how samples answer.
 
     Raises:
         ValueError: one is out of range, or has no effect.
@@ -274,7 +190,7 @@ def check_mode(num_samples: Any, average: Any, seed: Any) -> None:
     if average not in (*AVERAGES, VOTE):
         raise ValueError(f"average must be one of {', '.join([*AVERAGES, VOTE])}, got {average!r}.")
     if num_samples is None and average != "prob":
-        raise ValueError(f"average={average} is over trajectories: say how many with num_samples=k.")
+        raise ValueError(f"average={average} is over samples: say how many with num_samples=k.")
     if type(seed) is not int:
         raise ValueError(f"seed must be an integer, got {seed!r}.")
 

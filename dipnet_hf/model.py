@@ -74,8 +74,8 @@ def get_dip_model(
 class DipModel(BaseTuner):
     """The tuner behind `get_dip_model`. A `PeftModel` forwards its methods.
 
-    It owns the adapter of the weights too: PEFT holds one tuner a model, so the weights' config is nested
-    in `DipConfig`, injected here and saved in the same file.
+    It owns the adapter of the weights too. PEFT holds one tuner per model, so the weights' config is nested in
+    `DipConfig`, and their adapter is injected here and saved in the same file.
     """
 
     prefix = "dip_"
@@ -90,9 +90,9 @@ class DipModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._projections: list[DipProjection] = []
-        self.switch = NoiseSwitch()
+        self._switch = NoiseSwitch()
         self._memory = RecomputeMemory()
-        self._pass: FreshPass | Ensemble = FreshPass(KeySource())
+        self._pass: Pass = FreshPass(KeySource())
         self.hidden_state_capture = HiddenStateCapture(model, without_noise=self.deterministic)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -142,7 +142,7 @@ class DipModel(BaseTuner):
     ) -> None:
         projection = getattr(target, "dip_projection", None)
         if projection is None:
-            projection = DipProjection(self._sites[current_key], self.switch, self._memory)
+            projection = DipProjection(self._sites[current_key], self._switch, self._memory)
             projection.train(target.training)
             projection.attach(target)
         parameter = next(target.parameters(), None)
@@ -165,13 +165,13 @@ class DipModel(BaseTuner):
         return self._dip_config(self.active_adapters[0])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapter. One at a time: two noises on one input would be neither's."""
+        """Set the active adapter. Only one can be active: two would add two independent noises to one input."""
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"One DIP adapter can be active at a time, got {list(adapter_name)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, noise and weights; another one becomes active if there is any."""
+        """Delete an adapter, its noise and its weights. Another one becomes active if there is any."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist, the model holds {list(self.peft_config)}.")
         _check_adapters_not_merged(self.model, adapter_name)
@@ -190,42 +190,44 @@ class DipModel(BaseTuner):
     def _begin_forward(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """Give every site its draw, once a forward pass, and repeat inputs or leave out copies of them."""
+        """Start the pass: give every site its draw, and the model the inputs that the pass wants."""
         node = None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
-        if node is not None:  # the whole model is recomputed in the backward pass; the sites recall their draws
+        # A running autograd node means that the backward pass is recomputing the whole model, for a checkpoint around
+        # it. That is not a new pass: the sites recall the draws of the one that is recomputed.
+        if node is not None:
             if node.name() == "CheckpointFunctionBackward":
                 raise RuntimeError(
-                    "The whole model is recomputed by a reentrant checkpoint, which hides from its layers which "
-                    "forward pass they repeat. Use use_reentrant=False, or checkpoint the layers."
+                    "The whole model is recomputed by a reentrant checkpoint, which does not tell which forward pass "
+                    "is repeated, so its noise cannot be. Use use_reentrant=False, or checkpoint the layers."
                 )
             return None
         projections = [projection for projection in self._projections if projection.sampling]
         changed, draws = self._pass.begin(args, kwargs, projections)
         for projection, draw in zip(projections, draws, strict=True):
-            projection.begin_forward(draw)
+            projection.set_draw(draw)
         if torch.compiler.is_compiling():
             self._memory.blind = True
         else:
             names = [projection.site.name for projection in projections]
-            # Nothing is recomputed for a pass without gradients, and an ensemble's draws hold its noise.
+            # A pass without gradients is never recomputed, so its draws, which may hold noise, are not kept.
             self._memory.remember(dict(zip(names, draws, strict=True)) if torch.is_grad_enabled() else {})
         return changed
 
     @contextlib.contextmanager
     def _switched(self, on: bool | None) -> Iterator[None]:
-        previous, self.switch.on = self.switch.on, on
+        previous, self._switch.on = self.switch.on, on
         try:
             yield
         finally:
-            self.switch.on = previous
+            self._switch.on = previous
 
     @contextlib.contextmanager
     def sampling(self, seed: int | None = None) -> Iterator[None]:
         """Noise on, in `train()` and in `eval()`.
 
         Args:
-            seed (`int`, *optional*): the draws of the n-th forward in this context are a function of the seed, n and
-                the process's rank. Without it every forward draws a fresh key from PyTorch's global generator.
+            seed (`int`, *optional*): makes the draws of the n-th forward pass in this context a function of the seed,
+                n and the process's rank. Without it every forward pass draws from PyTorch's global generator.
         """
         self._check_no_ensemble()
         with self._switched(on=True), self._running(FreshPass(KeySource(seed))):
@@ -250,12 +252,13 @@ class DipModel(BaseTuner):
 
     @contextlib.contextmanager
     def ensemble(self, num_samples: int, average: str = "prob", seed: int = 0) -> Iterator[None]:
-        """Answer for the mean of k noisy samples (Algorithm 2), with unchanged shapes, in `forward` and `generate`.
+        """Answer with the mean of k noisy samples (Algorithm 2), in `forward` and `generate`; shapes do not change.
 
-        Inside this context the model's `logits` are those of the mean, `labels` give its loss, and `generate` chooses
-        each token once, greedily or by sampling. A token's noise is a function of the seed, the site, the sample and
-        the token's position: a cached step, another batch or another padding sees the same noise. A cache holds
-        k rows a prompt. Without gradients, layers below the first projected one run once a prompt.
+        Inside this context the model's `logits` are those of the mean, `labels` give the loss of the mean, and
+        `generate` chooses each token once, greedily or by sampling. A token's noise is a function of the seed, the
+        site, the sample and the token's position, so that a cached step, another batch or another padding sees the
+        same noise. A cache holds k rows per prompt. Without gradients, the layers below the first projected one run
+        once per prompt.
 
         Args:
             num_samples (`int`): k.
@@ -276,7 +279,7 @@ class DipModel(BaseTuner):
     def ensemble_samples(
         self, num_samples: int, seed: int = 0, combine: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
     ) -> Iterator[None]:
-        """The forward pass of `ensemble`, with what `combine` makes of the logits of shape `(k, B, ...)`: nothing."""
+        """As `ensemble`, but with the samples' logits of shape `(k, B, ...)`, or what `combine` makes of them."""
         self._check_no_ensemble()
         ensemble = Ensemble(
             model=self.model,
@@ -304,22 +307,23 @@ class DipModel(BaseTuner):
 
     @contextlib.contextmanager
     def sampled_rows(self) -> Iterator[None]:
-        """A training pass on `num_samples` equal copies of a batch's rows, sample by sample. `dip_loss` enters it.
+        """Context of a training pass on `num_samples` equal copies of a batch's rows; `dip_loss` enters it.
 
-        Layers below the first projected one run on one copy; dropout there is the same for all. What is returned has
-        all rows.
+        The rows are laid out sample by sample. Layers below the first projected one run on one copy, so dropout there
+        is the same for all samples. The outputs have all rows.
 
         Raises:
             ValueError: the model is in an ensemble.
         """
-        if isinstance(self._pass, Ensemble):
-            raise ValueError("The objective is of training, and this model is in an ensemble: leave it first.")
+        outer = self._pass
+        if not isinstance(outer, FreshPass):
+            raise ValueError("The training objective cannot be computed inside model.ensemble(): leave it first.")
         config = self.active_dip_config
         if config.num_samples == 1:
             yield
             return
         expansion = LateExpansion(self.model, self._layers_from_first_site(), config.num_samples)
-        with self._running(FreshPass(self._pass.keys, config.sampling == "pairs", expansion)):
+        with self._running(FreshPass(outer.keys, config.sampling == "pairs", expansion)):
             yield
 
     def calibrate(self, batches: Iterable) -> None:
@@ -415,7 +419,7 @@ class DipModel(BaseTuner):
         return rows
 
     def logvars(self) -> list[nn.Parameter]:
-        """The active adapter's log-variances, one a site."""
+        """The active adapter's log-variances, one parameter per site."""
         return [projection.logvar for projection in self._active_projections()]
 
     def prior_loss(self) -> torch.Tensor:

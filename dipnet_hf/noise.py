@@ -65,7 +65,7 @@ def draw_noise(x: torch.Tensor, key: torch.Tensor, antithetic: bool = False) -> 
 def _check_pairs(x: torch.Tensor, antithetic: bool) -> None:
     if antithetic and x.shape[0] % 2:
         raise ValueError(
-            f"Antithetic noise needs an even number of rows, got {x.shape[0]}. Repeat the batch once a sample, "
+            f"Antithetic noise needs an even number of rows, got {x.shape[0]}. Repeat the batch once per sample, "
             "with an even num_samples, or set sampling='independent'."
         )
 
@@ -249,6 +249,6 @@ def project(
     if logvar.numel() not in (1, x.shape[channel_dim]):
         raise ValueError(
             f"logvar has shape {tuple(logvar.shape)} but x has shape {tuple(x.shape)}: logvar must hold one value, or "
-            f"{x.shape[channel_dim]}, one a channel along dimension {channel_dim}."
+            f"{x.shape[channel_dim]}, one per channel along dimension {channel_dim}."
         )
     return _project(x, logvar, scale, key, antithetic, channel_dim)

@@ -1,4 +1,4 @@
-"""A kind of forward pass as one object: what it does to the model's inputs, and which draw each site gets.
+"""One kind of forward pass as one object: what it does to the model's inputs, and which draw each site gets.
 
 `FreshPass` is the one of training and of sampling; `Ensemble` (ensemble.py) is the other. A tuner holds one at a time.
 """

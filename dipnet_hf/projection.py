@@ -1,7 +1,7 @@
-"""The module at one site: it owns logvar and scale, one of each an adapter, and hooks on to the layer it projects.
+"""The module at one site: it owns the log-variances and the scale of every adapter, and hooks on to its layer.
 
-A pre-hook that replaces the layer's input leaves module names, weight keys and wrapping policies as they are, which
-wrapping the layer would not.
+A pre-hook replaces the layer's input. Module names, weight keys and wrapping policies (FSDP's, say) stay as they are,
+which wrapping the layer would change.
 """
 
 import math
@@ -29,7 +29,7 @@ class Site(NamedTuple):
 
 @dataclass
 class NoiseSwitch:
-    """One for all sites of a model: whether noise is on (None: as `train()` and `eval()` say)."""
+    """Whether noise is on, shared by all sites of a model; None: on in `train()`, off in `eval()`."""
 
     on: bool | None = None
 
@@ -97,7 +97,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
     def _project_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
             return (self(args[0]), *args[1:]), kwargs
-        # Decoder layers call their attention with keywords only.
+        # Decoder layers call their attention with keywords only; its first tensor is the hidden states.
         name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
         return args, {**kwargs, name: self(kwargs[name])}
 
@@ -126,7 +126,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
 
     @property
     def level_is_known(self) -> bool:
-        """Whether the active adapter's variances have begun anywhere: given as a number, found, or loaded."""
+        """Whether the active adapter's variances have a value: given as a number, found by calibration, or loaded."""
         return bool(torch.isfinite(self.dip_init_std[str(self.adapter)]))
 
     @property
@@ -141,12 +141,12 @@ class DipProjection(nn.Module, BaseTunerLayer):
             return False
         return self.training if self.switch.on is None else self.switch.on
 
-    def begin_forward(self, draw: SiteDraw) -> None:
-        """Take the draw of a forward pass that starts now."""
+    def set_draw(self, draw: SiteDraw) -> None:
+        """Set the draw for the forward pass that starts now."""
         self._use.draw, self._use.number = draw, 0
 
     def forget_draw(self) -> None:
-        """Let go of the latest forward pass's draw: that of an ensemble holds noise."""
+        """Let go of the latest forward pass's draw; an ensemble's holds noise."""
         self._use.draw = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,7 +183,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
         use.number += 1
         if use.number == 1:
             return use.draw
-        # A site that runs again in one forward pass (a shared layer, a direct call) must not repeat its noise.
+        # A site that runs again in one forward pass (a shared layer, a direct call) needs noise of its own there.
         if not torch.compiler.is_compiling():
             self.memory.note_repeated(self.site.name)
         return use.draw.repeated(use.number)

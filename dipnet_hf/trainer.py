@@ -1,6 +1,7 @@
 """The objective inside transformers' Trainer and any subclass of it.
 
-The data term is whatever loss the trainer computes, on S rows a row; the mixin adds the prior and the stability term.
+The data term is whatever loss the trainer computes, on S copies of every row. The mixin adds the prior and the
+stability term.
 """
 
 import itertools

@@ -50,15 +50,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the base model of the adapters")
-    parser.add_argument("--dip", nargs="+", required=True, metavar="FOLDER", help="DIP adapters, one a seed")
+    parser.add_argument("--dip", nargs="+", required=True, metavar="FOLDER", help="DIP adapters, one per seed")
     parser.add_argument(
-        "--plain", nargs="+", default=[], metavar="FOLDER", help="plainly fine-tuned models, one a seed"
+        "--plain", nargs="+", default=[], metavar="FOLDER", help="plainly fine-tuned models, one per seed"
     )
     parser.add_argument("--data", nargs="+", required=True, metavar="TASK=PATH", help="tasks of eval/tasks/")
     parser.add_argument("--samples", type=int, default=8, help="k")
     parser.add_argument("--batch_size", default="64")
     parser.add_argument("--gen_kwargs", default="", help="for all modes, such as max_gen_toks=120")
-    parser.add_argument("--limit", help="problems a task")
+    parser.add_argument("--limit", help="problems per task")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     return parser.parse_args(arguments)
 
@@ -68,7 +68,7 @@ def list_modes(k: int, has_plain: bool) -> dict[str, tuple[bool, list[str], list
     modes = {
         "noise off": (True, [], []),
         f"ensemble of {k}": (True, [f"num_samples={k}"], []),
-        f"vote of {k} trajectories": (True, [f"num_samples={k}", "average=vote"], []),
+        f"vote of {k} samples": (True, [f"num_samples={k}", "average=vote"], []),
         f"vote of {k}, temperature": (True, [], ["--repeats", str(k), "--gen_kwargs", TEMPERATURE]),
     }
     plain = {

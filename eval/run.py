@@ -31,7 +31,8 @@ from lm_eval.utils import handle_non_serializable, make_table
 if not __package__:  # run as a script: Python put eval/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dipnet_hf.lm_eval_model import VOTE, DipLM, Responses, check_mode
+from dipnet_hf.lm_eval_model import VOTE, DipLM, check_mode
+from dipnet_hf.responses import Responses
 from eval.calibration import FIGURES, calibration, confidences, metric_of
 from eval.task_files import TASKS, check_data_files, resolve_tasks
 from report import provenance
@@ -144,7 +145,7 @@ def split_data(data: list[str]) -> dict[str, dict[str, str]]:
 
 
 def choose_repeats(repeats: int | None, model_args: dict) -> int | None:
-    """Say how often each answer is sampled: in a vote of trajectories, once by each."""
+    """Say how often each answer is sampled: in a vote of samples, once by each."""
     num_samples, average = model_args.get("num_samples"), model_args.get("average", "prob")
     check_mode(num_samples, average, model_args.get("seed", 0))
     if repeats is not None and repeats < 1:
@@ -200,7 +201,7 @@ def set_repeats(task: Task, repeats: int | None, config: EvaluatorConfig) -> Non
     if repeats > 1 and config.model_args.get("average") != VOTE and not normalize_gen_kwargs(gen_kwargs)["do_sample"]:
         raise ValueError(
             f"{repeats} greedy answers of {task.task_name} would be equal. Sample them with --gen_kwargs "
-            "do_sample=True,temperature=0.7, or vote over trajectories with --model_args num_samples=k,average=vote."
+            "do_sample=True,temperature=0.7, or vote over samples with --model_args num_samples=k,average=vote."
         )
     if task.config.repeats == repeats:
         return

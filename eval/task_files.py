@@ -56,7 +56,7 @@ def check_data_files(task_configs: Iterable[str | dict]) -> None:
 
 
 def check_json_file(path: str, columns: dict[str, str | list]) -> None:
-    """Check that a file holds JSON objects, one a line or in one array, each with the given columns.
+    """Check that a file holds JSON objects, one per line or in one array, each with the given columns.
 
     Args:
         path (`str`): the file.
@@ -65,7 +65,7 @@ def check_json_file(path: str, columns: dict[str, str | list]) -> None:
     Raises:
         ValueError: the file, a line, a column or a value is missing or broken; the message names path and line.
     """
-    wanted = f"give JSON objects with {', '.join(columns)}, one a line or in one array"
+    wanted = f"give JSON objects with {', '.join(columns)}, one per line or in one array"
     rows = read_rows(path, wanted)
     for place, row in rows:
         if not isinstance(row, dict):

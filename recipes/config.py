@@ -29,7 +29,7 @@ class EvaluationConfig:
         tasks (`dict` or `list[str]`): task of `eval/tasks` to a JSON Lines file of problems, null for the dataset's
             `test` split; a list stands for tasks with null; `[]` skips the scoring.
         num_samples (`int`, *optional*): with `dip`, also score the mean of so many noisy passes.
-        limit (`int`, *optional*): problems a task; all of them when null.
+        limit (`int`, *optional*): problems per task; all of them when null.
         batch_size (`int`): rows generated at once; with `num_samples`, a prompt has so many.
         max_new_tokens (`int`): the longest answer.
     """

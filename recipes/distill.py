@@ -142,7 +142,7 @@ def make_student(teacher: PeftModel, config: DistillConfig, run: FinetuneConfig)
     if run.weights == "full":
         student = load_teacher(config.teacher, run).merge_and_unload()
         return student.requires_grad_(True)
-    with TemporaryDirectory() as folder:  # one a process: none reads what another still writes
+    with TemporaryDirectory() as folder:  # one per process: none reads what another still writes
         teacher.export_weights_adapter(folder)
         return PeftModel.from_pretrained(load_base(run), folder, is_trainable=True)
 
@@ -314,7 +314,7 @@ def compare(
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, loader: DataLoader, compare_samples: list[int]) -> dict[int, list[torch.Tensor]]:
-    """Measure the mean of a model's first k trajectories at every supervised token.
+    """Measure the mean of a model's first k samples at every supervised token.
 
     Returns:
         `dict[int, list[torch.Tensor]]`: by k, one tensor a problem, of shape `(N, 3)`: the target's log-probability,
@@ -357,7 +357,7 @@ def summarize(figures: list[torch.Tensor], num_problems: int | None) -> dict[str
 
 
 def print_scores(scores: dict[str, dict]) -> None:
-    """Print a row a method and held-out size."""
+    """Print a row per method and held-out size."""
     print(f"{'':14}{'problems':>10}{'NLL':>10}{'accuracy':>10}{'ECE':>10}   per token")
     for method, sizes in scores.items():
         for row in sizes.values():

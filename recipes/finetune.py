@@ -295,7 +295,7 @@ def score_model(
     Args:
         evaluated (`dict`): the NLL of the dataset's `test` split, for the tasks that read it.
         task_sets (`dict[str, Dataset]`): the tokenized problems of the other tasks.
-        num_samples (`int`): rows a prompt, in an ensemble.
+        num_samples (`int`): rows per prompt, in an ensemble.
 
     Returns:
         `dict`: by task, its numbers; only the main process generates, the others return the NLL alone.

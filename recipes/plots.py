@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder for the pictures")
     groups = argparse.ArgumentParser(add_help=False)
-    groups.add_argument("groups", nargs="+", metavar="LABEL=FILE[,FILE...]", help="a group, a file a seed")
+    groups.add_argument("groups", nargs="+", metavar="LABEL=FILE[,FILE...]", help="a group, a file per seed")
     subcommands = parser.add_subparsers(required=True)
 
     samples = subcommands.add_parser("samples", parents=[common, groups], help="NLL and accuracy by ensemble size")
@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     tokens = subcommands.add_parser("tokens", parents=[common], help="a text coloured by mutual information")
     tokens.add_argument("run", metavar="FOLDER", help="output folder of a DIP run")
     tokens.add_argument("--text", help="the text; the first held-out problem unless given")
-    tokens.add_argument("--num-samples", type=int, default=8, metavar="k", help="trajectories (8)")
+    tokens.add_argument("--num-samples", type=int, default=8, metavar="k", help="samples (8)")
     tokens.set_defaults(draw=draw_tokens)
 
     calibration = subcommands.add_parser("calibration", parents=[common, groups], help="reliability and risk-coverage")
@@ -157,7 +157,7 @@ def draw_tokens(args: argparse.Namespace) -> list[Path]:
     text = first_problem(args.run) if args.text is None else args.text
     model, tokenizer = load_teacher(args.run, run), load_tokenizer(run)
     tokens, nats = token_information(model, tokenizer, text, run.max_length, args.num_samples)
-    title = f"Mutual information of {args.num_samples} trajectories, nats by token"
+    title = f"Mutual information of {args.num_samples} samples, nats by token"
     paths = [make_folder(args.output) / f"tokens.{ending}" for ending in ("png", "html")]
     for draw, path in zip((plot_tokens, write_tokens_html), paths, strict=True):
         draw(tokens, nats, str(path), title)

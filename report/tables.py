@@ -7,7 +7,7 @@ from report.results import numbers, read_results, settings
 
 
 def format_summary(results: dict) -> str:
-    """Lay out one run: its configuration's main lines, its metrics and its scores, one a line.
+    """Lay out one run: its configuration's main lines, its metrics and its scores, one per line.
 
     Args:
         results (`dict`): the content of a `results.json`.

@@ -69,7 +69,7 @@ def plot_against_samples(
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[int | None, list[float]]]:
-    """Collect `{method: {num_samples: [one value a seed]}}`."""
+    """Collect `{method: {num_samples: [one value per seed]}}`."""
     curves: dict = {}
     seen = set()
     for row in rows:
@@ -80,7 +80,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[in
             raise ValueError(f"num_samples must be at least 1, or None for one pass without noise, got {num_samples}.")
         if key in seen:
             raise ValueError(
-                f"Two rows of {method} have num_samples={num_samples} and seed={seed}; give one row a seed, or draw "
+                f"Two rows of {method} have num_samples={num_samples} and seed={seed}; give one row per seed, or draw "
                 "each task or setting in a plot of its own."
             )
         seen.add(key)
@@ -97,7 +97,7 @@ def _mean_and_spread(values: list[float]) -> tuple[float, float]:
 def plot_reliability(
     groups: Mapping[str, tuple[Values, Values]], path: str, num_bins: int = 15, binning: str = "width"
 ) -> None:
-    """Draw accuracy against confidence, a point a bin, its area by the bin's share of the answers; the ECE beside it.
+    """Draw accuracy against confidence, one point per bin, its area by the bin's share of the answers, beside the ECE.
 
     Args:
         path (`str`): the picture; its ending chooses the format.
@@ -163,7 +163,7 @@ def plot_tokens(
 
     Args:
         tokens (`Sequence[str]`): decoded one by one, with their spaces. A newline shows as `↵` and begins a line.
-        values: one a token, at least 0; a sequence of numbers, an array or a tensor.
+        values: one per token, at least 0; a sequence of numbers, an array or a tensor.
         path (`str`): the picture; its ending chooses the format.
         vmax (`float`, *optional*): the value from which on the colour is the darkest, for pictures that are to be
             compared; the largest of `values` unless given.

@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from dipnet_hf import DipConfig, get_dip_model
-from dipnet_hf.lm_eval_model import DipLM, Responses
+from dipnet_hf.lm_eval_model import DipLM
 from dipnet_hf.noise import fold_in
+from dipnet_hf.responses import Responses
 from recipes.tiny_model import tiny_llama, train_tokenizer
 from recipes.word_problems import generate_splits
 
@@ -184,7 +185,7 @@ def test_log_likelihoods_of_a_vote_are_of_the_mean_probability(dip):
         ({"num_samples": 2.5}, "num_samples must be an integer .* Got 2.5"),
         ({"num_samples": True}, "num_samples must be an integer .* Got True"),
         ({"num_samples": 2, "average": "mean"}, "average must be one of prob, logit, vote, got 'mean'"),
-        ({"average": "vote"}, "average=vote is over trajectories: say how many with num_samples=k"),
+        ({"average": "vote"}, "average=vote is over samples: say how many with num_samples=k"),
         ({"num_samples": 2, "seed": "a"}, "seed must be an integer, got 'a'"),
         ({"num_samples": 2}, "num_samples=2 draws the noise of a DIP adapter, and this model has none"),
         ({"peft": "./nowhere"}, "peft=./nowhere holds no adapter"),
@@ -240,9 +241,7 @@ def test_what_cannot_be_generated_is_refused(dip, num_samples):
 
 def test_a_vote_needs_as_many_repeats_as_trajectories(dip):
     lm = in_memory(dip, num_samples=3, average="vote")
-    with pytest.raises(
-        ValueError, match="num_samples=3 trajectories .* repeats each 1 times. Use eval/run.py, or set"
-    ):
+    with pytest.raises(ValueError, match="num_samples=3 samples .* repeats each 1 times. Use eval/run.py, or set"):
         answer(lm, "generate_until")
 
 
