@@ -214,8 +214,8 @@ class DipModel(BaseTuner):
         return changed
 
     @contextlib.contextmanager
-    def _switched(self, on: bool | None) -> Iterator[None]:
-        previous, self._switch.on = self.switch.on, on
+    def _with_noise(self, on: bool | None) -> Iterator[None]:
+        previous, self._switch.on = self._switch.on, on
         try:
             yield
         finally:
@@ -230,7 +230,7 @@ class DipModel(BaseTuner):
                 n and the process's rank. Without it every forward pass draws from PyTorch's global generator.
         """
         self._check_no_ensemble()
-        with self._switched(on=True), self._running(FreshPass(KeySource(seed))):
+        with self._with_noise(on=True), self._running(FreshPass(KeySource(seed))):
             yield
 
     @contextlib.contextmanager
@@ -248,7 +248,7 @@ class DipModel(BaseTuner):
 
     def deterministic(self) -> contextlib.AbstractContextManager[None]:
         """Noise off, in `train()` and in `eval()` (Algorithm 3)."""
-        return self._switched(on=False)
+        return self._with_noise(on=False)
 
     @contextlib.contextmanager
     def ensemble(self, num_samples: int, average: str = "prob", seed: int = 0) -> Iterator[None]:
@@ -290,7 +290,7 @@ class DipModel(BaseTuner):
             combine=combine,
             seed=seed,
         )
-        with self._switched(on=True), self._running(ensemble):
+        with self._with_noise(on=True), self._running(ensemble):
             yield
 
     def _layers_from_first_site(self) -> list[nn.Module]:
