@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu test-oldest style bench bench-gpu lock clean
+.PHONY: help env demo test test-gpu test-oldest style wheel bench bench-gpu lock clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,18 @@ style: .venv/.installed  ## lint, format, types, spelling: checks only
 	.venv/bin/mypy
 	.venv/bin/codespell
 
+# Outside the repository, where only the wheel can be imported, and without the extras.
+wheel:  ## build the wheel, install it alone in .venv-wheel and run the README's examples there
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -c constraints.txt torch pytest
+	.venv-wheel/bin/python -m pip wheel --no-deps -w dist .
+	.venv-wheel/bin/python -m pip install -c constraints.txt dist/*.whl
+	mkdir -p dist/tests
+	cp README.md dist
+	cp tests/test_readme.py tests/tiny_models.py dist/tests
+	cd dist && ../.venv-wheel/bin/python -m pytest -c /dev/null --rootdir . -rs tests
+
 bench: .venv/.installed  ## every benchmark, on this machine (about an hour on two cores)
 	for name in step step_profile loss projection instructions padding scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
 
@@ -68,5 +80,5 @@ lock:  ## resolve both constraints files again (needs uv)
 	$(DROP_CUDA) constraints-oldest.txt && rm constraints-oldest.txt.bak
 
 clean:  ## remove build products and caches; keeps runs/ and the environments
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist .venv-wheel *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,8 +24,8 @@ if not __package__:  # run as a script: Python put benchmarks/ on the path, and 
 from benchmarks.measure import results_path, write_results
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from recipes.config import load_config
-from recipes.data import make_collator
-from recipes.finetune import load_tokenizer, prepare_data
+from recipes.data import make_collator, prepare_data
+from recipes.running import load_tokenizer
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "stories260k-gsm8k-300.yaml"
 BATCH_SIZE = 4

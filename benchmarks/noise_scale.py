@@ -30,8 +30,8 @@ from dipnet_hf import get_dip_model
 from dipnet_hf.scale import ScaleMeter, channel_scale
 from recipes import finetune
 from recipes.config import FinetuneConfig, load_config
-from recipes.data import make_collator
-from recipes.finetune import load_tokenizer, model_dtype, prepare_data
+from recipes.data import make_collator, prepare_data
+from recipes.running import load_tokenizer, model_dtype
 from report import provenance
 
 NUM_CALIBRATION_BATCHES = 8

@@ -42,7 +42,7 @@ def check_weights(model: nn.Module, config: DipConfig, others: list) -> None:
 
 
 def check_sites(config: DipConfig, site_names: list[str]) -> None:
-    """PEFT copies the modules that it trains and saves as a whole; a projection in one would be copied with it."""
+    """Refuse sites inside modules that PEFT trains and saves whole: it copies them, and the projection with them."""
     tokens = getattr(config.weights, "trainable_token_indices", None) or ()
     saved = [
         *(getattr(config.weights, "modules_to_save", None) or ()),

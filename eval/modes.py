@@ -71,7 +71,7 @@ def list_modes(k: int, has_plain: bool) -> dict[str, tuple[bool, list[str], list
         f"vote of {k} samples": (True, [f"num_samples={k}", "average=vote"], []),
         f"vote of {k}, temperature": (True, [], ["--repeats", str(k), "--gen_kwargs", TEMPERATURE]),
     }
-    plain = {
+    plain: dict[str, tuple[bool, list[str], list[str]]] = {
         "plain": (False, [], []),
         f"plain, vote of {k}, temperature": (False, [], ["--repeats", str(k), "--gen_kwargs", TEMPERATURE]),
     }

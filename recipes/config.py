@@ -26,15 +26,15 @@ class EvaluationConfig:
     """What the trained model is scored on, by lm-evaluation-harness through `eval/scoring.py`.
 
     Args:
-        tasks (`dict` or `list[str]`): task of `eval/tasks` to a JSON Lines file of problems, null for the dataset's
-            `test` split; a list stands for tasks with null; `[]` skips the scoring.
+        tasks (`dict`): task of `eval/tasks` to a JSON Lines file of problems, null for the dataset's `test` split; a
+            list stands for tasks with null; `[]` skips the scoring.
         num_samples (`int`, *optional*): with `dip`, also score the mean of so many noisy passes.
         limit (`int`, *optional*): problems per task; all of them when null.
         batch_size (`int`): rows generated at once; with `num_samples`, a prompt has so many.
         max_new_tokens (`int`): the longest answer.
     """
 
-    tasks: dict[str, str | None] | list[str] = field(default_factory=lambda: {"gsm8k_local": None})
+    tasks: dict[str, str | None] = field(default_factory=lambda: {"gsm8k_local": None})
     num_samples: int | None = None
     limit: int | None = None
     batch_size: int = 64

@@ -13,6 +13,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Pre
 
 from eval.json_rows import read_rows
 from eval.task_files import check_json_file
+from recipes.config import FinetuneConfig
 
 COLUMNS = ("question", "answer")
 SVAMP_COLUMNS = ("Body", "Question", "Equation", "Answer")
@@ -106,6 +107,30 @@ def read_json_lines(path: str, columns: tuple[str, ...]) -> list[dict]:
     for place, row in rows:
         _check_row(place, row, columns)
     return [row for _, row in rows]
+
+
+def prepare_data(config: FinetuneConfig, tokenizer):
+    """Load and tokenize the problems.
+
+    Returns:
+        `tuple`: the problems as loaded, the tokenized training set, the tokenized held-out set (None without a `test`
+        split), and the numbers of sequences in and left out.
+    """
+    problems = load_problems(config.dataset, config.dataset_config)
+    if config.num_validation_samples is not None:
+        problems = hold_out(problems, config.num_validation_samples)
+    train_set, num_dropped = training_set(
+        tokenize(problems["train"], tokenizer), config.max_length, config.max_train_samples
+    )
+    counts = {"num_train_sequences": len(train_set), "num_dropped_train_sequences": num_dropped}
+    if "test" not in problems:
+        return problems, train_set, None, counts
+    if config.max_eval_samples is not None:
+        num_heldout = min(config.max_eval_samples, len(problems["test"]))
+        problems["test"] = problems["test"].select(range(num_heldout))
+    eval_set, num_cut = heldout_set(tokenize(problems["test"], tokenizer), config.max_length)
+    counts |= {"num_eval_problems": len(eval_set), "num_cut_eval_problems": num_cut}
+    return problems, train_set, eval_set, counts
 
 
 def format_prompt(question: str) -> str:

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
@@ -43,7 +44,7 @@ METRICS = {
     "NLL per token, nats": "eval_nll",
     "ECE of the answers": "ece,strict-match",
 }
-BASE_TRAINING = {
+BASE_TRAINING: dict[str, Any] = {
     "max_steps": 800,
     "per_device_train_batch_size": 16,
     "learning_rate": 2e-3,

@@ -19,12 +19,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
@@ -33,8 +34,8 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 from dipnet_hf.batches import supervised
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
-from recipes.data import format_prompt, make_collator, read_json_lines
-from recipes.finetune import check_output_dir, load_tokenizer, model_dtype, prepare_data, train
+from recipes.data import format_prompt, make_collator, prepare_data, read_json_lines
+from recipes.running import check_output_dir, load_base, load_dip_run, load_tokenizer, train
 from report import provenance
 
 Targets = tuple[
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{run.dataset} has no test split to compare teacher and student on.")
     heldout = whole(heldout, run.max_length)
     set_seed(training_args.seed)
-    teacher = load_teacher(config.teacher, run).to(training_args.device)
+    teacher = load_dip_run(config.teacher, run).to(training_args.device)
     student = make_student(teacher, config, run)
     train_set = train_set.add_column("has_answer", [True] * len(train_set))
     if config.prompts is not None:
@@ -76,11 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     train(trainer, get_last_checkpoint(output_dir))
-    trainer.save_model(output_dir)
+    trainer.save_model(str(output_dir))
     if not trainer.is_world_process_zero():
         return
 
-    results = {
+    results: dict[str, Any] = {
         "metrics": {**counts, "num_train_sequences": len(train_set), "num_steps": trainer.state.global_step},
         "scores": compare(teacher, student, heldout, collator, config),
         "log_history": trainer.state.log_history,
@@ -122,25 +123,10 @@ def load_teacher_config(folder: str) -> FinetuneConfig:
     return run
 
 
-def load_teacher(folder: str, run: FinetuneConfig) -> PeftModel:
-    """Load the network with its noise."""
-    return PeftModel.from_pretrained(load_base(run), folder).eval()
-
-
-def load_base(run: FinetuneConfig) -> PreTrainedModel:
-    """Load the model that the run started from."""
-    return AutoModelForCausalLM.from_pretrained(
-        run.model,
-        dtype=model_dtype(run),
-        attn_implementation=run.attn_implementation,
-        trust_remote_code=run.trust_remote_code,
-    )
-
-
 def make_student(teacher: PeftModel, config: DistillConfig, run: FinetuneConfig) -> PreTrainedModel | PeftModel:
     """Make the teacher's noise-free network, without a trace of the projections, trainable as the teacher was."""
     if run.weights == "full":
-        student = load_teacher(config.teacher, run).merge_and_unload()
+        student = load_dip_run(config.teacher, run).merge_and_unload()
         return student.requires_grad_(True)
     with TemporaryDirectory() as folder:  # one per process: none reads what another still writes
         teacher.export_weights_adapter(folder)
@@ -156,12 +142,13 @@ def mean_log_probs(teacher: PeftModel, batch: dict, num_samples: int) -> torch.T
     One pass at a time, so that one sample's logits are held at once.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    total = None
+    total: torch.Tensor | None = None
     with torch.no_grad(), teacher.sampling():
         for _ in range(num_samples):
             logits, _ = supervised(teacher(**inputs).logits, batch["labels"], shift=True)
             log_probs = torch.log_softmax(logits.float(), dim=-1)
             total = log_probs if total is None else torch.logaddexp(total, log_probs)
+    assert total is not None  # num_samples is positive
     return total - math.log(num_samples)
 
 
@@ -197,13 +184,18 @@ def keep_top_p(log_probs_NV: torch.Tensor, top_p: float) -> Targets:
 def join(targets: list[Targets], device: torch.device) -> Targets:
     """Put the sequences' targets one after another, padded to the same number of kept tokens."""
     width = max(log_probs.shape[1] for log_probs, _ in targets)
-    log_probs = [torch.nn.functional.pad(p, (0, width - p.shape[1]), value=-torch.inf) for p, _ in targets]
-    ids = [torch.nn.functional.pad(i, (0, width - i.shape[1])) for _, i in targets]
+    log_probs, ids = [], []
+    for log_probs_NM, ids_NM in targets:
+        assert ids_NM is not None  # cached targets are of some tokens
+        missing = (0, width - log_probs_NM.shape[1])
+        log_probs.append(torch.nn.functional.pad(log_probs_NM, missing, value=-torch.inf))
+        ids.append(torch.nn.functional.pad(ids_NM, missing))
     return torch.cat(log_probs).to(device), torch.cat(ids).to(device)
 
 
 def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig) -> Dataset:
     """Let the ensemble answer more questions, greedily: rows like the training set's, without a true answer."""
+    assert config.prompts is not None
     questions = [row["question"] for row in read_json_lines(config.prompts, columns=("question",))]
     padding_side, tokenizer.padding_side = tokenizer.padding_side, "left"
     batch_size = config.training_arguments().per_device_eval_batch_size

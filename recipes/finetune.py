@@ -10,18 +10,16 @@ again with the same configuration.
 """
 
 import argparse
-import json
 import logging
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, set_seed
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -29,18 +27,18 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dipnet_hf import DipTrainer, get_dip_model
+from dipnet_hf.card import read_noise
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import (
     heldout_set,
-    hold_out,
-    load_problems,
     make_collator,
     make_padding_free_collator,
+    prepare_data,
     read_problems,
     tokenize,
-    training_set,
 )
+from recipes.running import check_output_dir, load_base, load_tokenizer, train, write_results
 from report import format_summary, provenance
 
 
@@ -61,12 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         task_sets = prepare_tasks(config, tokenizer)
 
     set_seed(training_args.seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model,
-        dtype=model_dtype(config),
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = load_base(config)
     padding_free = is_flash_attention_requested(model.config)
     model = wrap_model(model, config)
 
@@ -91,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     train(trainer, get_last_checkpoint(output_dir))
     trainer.data_collator = make_collator(tokenizer)  # an ensemble takes padded rows
     evaluated = evaluate(trainer, eval_set)
-    trainer.save_model(output_dir)
+    trainer.save_model(str(output_dir))
     scores = score_model(trainer, tokenizer, config, evaluated, task_sets)
     ensemble_scores = None
     if config.evaluation.num_samples is not None:
@@ -132,54 +125,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_output_dir(output_dir: Path, config: FinetuneConfig) -> None:
-    """Refuse a folder with a finished run, or with an interrupted run of another configuration."""
-    advice = "Delete or move that folder, or choose another with --set training.output_dir=FOLDER."
-    if (output_dir / "results.json").exists():
-        raise ValueError(f"{output_dir} already holds a finished run (results.json). {advice}")
-    started = output_dir / "config.yaml"
-    if started.exists() and started.read_text(encoding="utf-8") != dump_config(config):
-        raise ValueError(
-            f"{output_dir} holds an interrupted run of another configuration; give {started} to resume it. {advice}"
-        )
-
-
-def load_tokenizer(config: FinetuneConfig):
-    """Load the tokenizer; one without a pad token pads with eos."""
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
-        raise ValueError(f"No model folder at {config.model}; give one with a model and its tokenizer, or a Hub id.")
-    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    if tokenizer.eos_token is None:
-        raise ValueError(f"The tokenizer of {config.model} has no eos token, and an answer must end in one.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def prepare_data(config: FinetuneConfig, tokenizer):
-    """Load and tokenize the problems.
-
-    Returns:
-        `tuple`: the problems as loaded, the tokenized training set, the tokenized held-out set (None without a `test`
-        split), and the numbers of sequences in and left out.
-    """
-    problems = load_problems(config.dataset, config.dataset_config)
-    if config.num_validation_samples is not None:
-        problems = hold_out(problems, config.num_validation_samples)
-    train_set, num_dropped = training_set(
-        tokenize(problems["train"], tokenizer), config.max_length, config.max_train_samples
-    )
-    counts = {"num_train_sequences": len(train_set), "num_dropped_train_sequences": num_dropped}
-    if "test" not in problems:
-        return problems, train_set, None, counts
-    if config.max_eval_samples is not None:
-        num_heldout = min(config.max_eval_samples, len(problems["test"]))
-        problems["test"] = problems["test"].select(range(num_heldout))
-    eval_set, num_cut = heldout_set(tokenize(problems["test"], tokenizer), config.max_length)
-    counts |= {"num_eval_problems": len(eval_set), "num_cut_eval_problems": num_cut}
-    return problems, train_set, eval_set, counts
-
-
 def prepare_validation(config: FinetuneConfig, tokenizer, problems: DatasetDict) -> Dataset | None:
     """Tokenize the problems that `num_validation_samples` holds out for evaluation during training."""
     if config.num_validation_samples is None:
@@ -194,16 +139,13 @@ def prepare_tasks(config: FinetuneConfig, tokenizer) -> dict[str, Dataset]:
     return {name: heldout_set(tokenize(rows, tokenizer), config.max_length)[0] for name, rows in problems.items()}
 
 
-def model_dtype(config: FinetuneConfig) -> torch.dtype | str:
-    """Keep trained weights in float32, where small updates survive; an adapter's base is as configured or saved."""
-    return torch.float32 if config.weights == "full" else config.dtype or "auto"
-
-
 def wrap_model(model, config: FinetuneConfig):
     """Make the configured weights, and with `dip` the projections, trainable; `DipTrainer` calibrates them."""
-    if config.dip is not None:
-        return get_dip_model(model, config.dip_config())
-    return model if config.weights == "full" else get_peft_model(model, config.peft_config())
+    dip = config.dip_config()
+    if dip is not None:
+        return get_dip_model(model, dip)
+    weights = config.peft_config()
+    return get_peft_model(model, weights) if isinstance(weights, PeftConfig) else model
 
 
 def sum_nll(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
@@ -225,21 +167,6 @@ def mean_nll(prediction) -> dict[str, float]:
     """Average over all supervised tokens of the held-out set; `eval_loss` is a mean of batch means instead."""
     total, num_tokens = prediction.predictions.astype("float64").sum(0)
     return {"nll": total / num_tokens, "num_tokens": int(num_tokens)}
-
-
-def train(trainer: Trainer, checkpoint: str | None) -> None:
-    """Train, from a checkpoint if there is one.
-
-    A run that was interrupted after its last step is only loaded: resumed at `max_steps` amid an epoch, the Trainer of
-    transformers 5.23 would train a step more.
-    """
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            trainer._load_from_checkpoint(checkpoint)
-            trainer.state = state
-            return
-    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def evaluate(trainer: Trainer, heldout, name: str = "eval") -> dict[str, float]:
@@ -265,12 +192,13 @@ def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:
     if not trainer.is_world_process_zero():
         return
     print(dump_config(config))
+    model: Any = trainer.model
     if config.dip is not None:
-        for row in trainer.model.noise_summary():
-            print(f"site {row['name']}, relative std {trainer.model.active_dip_config.init_noise_std}")
-    num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        for row in model.noise_summary():
+            print(f"site {row['name']}, relative std {model.active_dip_config.init_noise_std}")
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    print(f"{num_trainable:,} trainable of {trainer.model.num_parameters():,} parameters, {num_steps:,} steps")
+    print(f"{num_trainable:,} trainable of {model.num_parameters():,} parameters, {num_steps:,} steps")
     print(", ".join(f"{name} {value:,}" for name, value in counts.items()))
 
 
@@ -307,8 +235,9 @@ def score_model(
     if not evaluation.tasks or not trainer.is_world_process_zero():
         return scores
     heldout = str(Path(config.training["output_dir"]) / "data" / "test.jsonl")
+    model: Any = trainer.model
     generated = score(
-        trainer.model.eval(),
+        model.eval(),
         tokenizer,
         {name: path or heldout for name, path in evaluation.tasks.items()},
         limit=evaluation.limit,
@@ -340,14 +269,6 @@ def score_best_checkpoint(
     return {"step": int(checkpoint.rpartition("-")[2]), "metrics": evaluated, "scores": scores}
 
 
-def write_results(path: Path, results: dict) -> None:
-    """Write a result file as JSON that a person can read: an entry a line, but lists of numbers on one."""
-    text = json.dumps(results, indent=1)
-    # The line breaks tell a list from a string.
-    text = re.sub(r"\[\n\s+([-+.\deE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    path.write_text(text, encoding="utf-8")
-
-
 def noise_table(model: PeftModel, output_dir: Path) -> list[dict]:
     """Read each site's learned standard deviations, channel by channel, from the saved adapter.
 
@@ -355,11 +276,11 @@ def noise_table(model: PeftModel, output_dir: Path) -> list[dict]:
         `list[dict]`: the rows of `noise_summary`, each with `relative_std`, the list of `exp(logvar / 2)` to four
         digits: the standard deviation in units of the channel's scale.
     """
-    saved = load_file(output_dir / "adapter_model.safetensors")
+    learned = read_noise(output_dir)
     rows = []
     for row in model.noise_summary():
-        logvar_D = saved[f"base_model.model.{row['name']}.dip_projection.dip_logvar"]
-        rows.append({**row, "relative_std": [float(f"{std:.4g}") for std in (logvar_D / 2).exp().tolist()]})
+        std_D = learned[row["name"]]["std"]
+        rows.append({**row, "relative_std": [float(f"{std:.4g}") for std in std_D]})
     return rows
 
 

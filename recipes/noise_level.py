@@ -13,15 +13,15 @@ from itertools import islice
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dipnet_hf import get_dip_model
 from recipes.config import load_config
-from recipes.data import make_collator
-from recipes.finetune import load_tokenizer, model_dtype, prepare_data, write_results
+from recipes.data import make_collator, prepare_data
+from recipes.running import load_base, load_tokenizer, write_results
 from report import plot_noise_level, provenance
 
 STDS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Calibrate one configuration's model, sweep the level, and draw what came out."""
     args = parse_arguments(arguments)
     config = load_config(args.config, args.set)
-    if config.dip is None:
+    dip = config.dip_config()
+    if dip is None:
         raise ValueError(f"{args.config} has dip: null, and a plain model has no noise; leave that out.")
     set_seed(config.training_arguments().seed)
     tokenizer = load_tokenizer(config)
@@ -39,10 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = config.training_arguments().train_batch_size
     batches = list(islice(DataLoader(rows, batch_size, collate_fn=make_collator(tokenizer)), args.num_batches))
 
-    base = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=model_dtype(config), trust_remote_code=config.trust_remote_code
-    )
-    model = get_dip_model(base, config.dip_config())
+    model = get_dip_model(load_base(config), dip)
     if model.needs_calibration:
         model.calibrate(batches)
     sweep = model.noise_sweep(batches, args.stds)

@@ -22,8 +22,7 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 from dipnet_hf import predict
 from recipes.config import FinetuneConfig, load_config
 from recipes.data import format_prompt, read_json_lines, read_problems
-from recipes.distill import load_teacher
-from recipes.finetune import load_tokenizer
+from recipes.running import load_dip_run, load_tokenizer
 from report import (
     plot_against_samples,
     plot_reliability,
@@ -31,11 +30,10 @@ from report import (
     plot_tokens,
     write_tokens_html,
 )
-from report.results import read_results, settings
+from report.results import check_same_settings, read_results, split_groups
 
 CURVES = {"nll": "NLL, nats per token", "accuracy": "accuracy of the likeliest token"}
 METRICS = ("exact_match", "acc")  # which of a sample's entries tells that the answer is right
-DIFFERS_BY_SEED = {"teacher", "teacher_config.training.seed", "teacher_config.training.output_dir"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,19 +69,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     calibration.add_argument("--binning", choices=["width", "mass"], default="width", help="equal widths or counts")
     calibration.set_defaults(draw=draw_calibration)
     return parser.parse_args(arguments)
-
-
-def split_groups(groups: list[str]) -> dict[str, list[str]]:
-    """Read `LABEL=FILE[,FILE...]` into the files by label."""
-    files: dict[str, list[str]] = {}
-    for group in groups:
-        label, _, paths = group.partition("=")
-        if not (label and paths):
-            raise ValueError(f"A group is LABEL=FILE[,FILE...], got {group!r}.")
-        if label in files:
-            raise ValueError(f"Two groups are called {label}; give one, with a comma between its files.")
-        files[label] = paths.split(",")
-    return files
 
 
 def make_folder(folder: Path) -> Path:
@@ -139,15 +124,6 @@ def scores_of(file: str, results: dict, heldout: str | None) -> dict[str, dict]:
     return {method: by_size[heldout] for method, by_size in scores.items()}
 
 
-def check_same_settings(label: str, runs: list[dict]) -> None:
-    """Refuse to average over runs that differ in more than their seeds and folders."""
-    first, *others = [settings(run) for run in runs]
-    for other in others:
-        names = {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)}
-        if differing := sorted(names - DIFFERS_BY_SEED):
-            raise ValueError(f"The runs of {label} differ in {', '.join(differing)}; make them groups of their own.")
-
-
 # ---- a text by mutual information ----
 
 
@@ -155,7 +131,7 @@ def draw_tokens(args: argparse.Namespace) -> list[Path]:
     """Colour a text's tokens by the mutual information of the ensemble's predictions of them."""
     run = load_run(args.run)
     text = first_problem(args.run) if args.text is None else args.text
-    model, tokenizer = load_teacher(args.run, run), load_tokenizer(run)
+    model, tokenizer = load_dip_run(args.run, run), load_tokenizer(run)
     tokens, nats = token_information(model, tokenizer, text, run.max_length, args.num_samples)
     title = f"Mutual information of {args.num_samples} samples, nats by token"
     paths = [make_folder(args.output) / f"tokens.{ending}" for ending in ("png", "html")]

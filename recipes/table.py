@@ -14,9 +14,8 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipes.plots import check_same_settings, split_groups
 from report import format_spreads
-from report.results import numbers, read_results
+from report.results import check_same_settings, numbers, read_results, split_groups
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -202,7 +202,7 @@ def generate_splits(seed, sizes):
 
 
 def _generate(rng, regime, size):
-    problems = {}
+    problems: dict[str, dict[str, str]] = {}
     while len(problems) < size:
         fillings = _draw(rng, regime)
         if fillings is not None and _bucket(fillings) in regime.buckets:

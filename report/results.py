@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+# What the runs of one group may differ in, besides seed and folder: the teacher that a student learned from.
+_DIFFERS_BY_SEED = {"teacher", "teacher_config.training.seed", "teacher_config.training.output_dir"}
+
 
 def read_results(path: str) -> dict:
     """Read one `results.json`.
@@ -24,6 +27,28 @@ def settings(results: dict) -> dict:
     """Collect a run's configuration under dotted names, without its seed and folder."""
     config = _flatten(results["provenance"]["config"], only_numbers=False)
     return {name: value for name, value in config.items() if name not in ("training.seed", "training.output_dir")}
+
+
+def split_groups(groups: list[str]) -> dict[str, list[str]]:
+    """Read `LABEL=FILE[,FILE...]` into the files by label."""
+    files: dict[str, list[str]] = {}
+    for group in groups:
+        label, _, paths = group.partition("=")
+        if not (label and paths):
+            raise ValueError(f"A group is LABEL=FILE[,FILE...], got {group!r}.")
+        if label in files:
+            raise ValueError(f"Two groups are called {label}; give one, with a comma between its files.")
+        files[label] = paths.split(",")
+    return files
+
+
+def check_same_settings(label: str, runs: list[dict]) -> None:
+    """Refuse to average over runs that differ in more than their seeds and folders."""
+    first, *others = [settings(run) for run in runs]
+    for other in others:
+        names = {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)}
+        if differing := sorted(names - _DIFFERS_BY_SEED):
+            raise ValueError(f"The runs of {label} differ in {', '.join(differing)}; make them groups of their own.")
 
 
 def _flatten(values: dict, prefix: str = "", only_numbers: bool = True) -> dict:

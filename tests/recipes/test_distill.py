@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes import distill
 from recipes.config import DistillConfig
-from recipes.data import format_prompt, make_collator
-from recipes.finetune import load_tokenizer, prepare_data
+from recipes.data import format_prompt, make_collator, prepare_data
+from recipes.running import load_dip_run, load_tokenizer
 
 BOTH = pytest.mark.parametrize("weights", ["full", "lora"])
 
@@ -59,7 +59,7 @@ class Parts:
     def __init__(self, folder, output_dir):
         self.folder, self.output_dir = folder, output_dir
         self.run = distill.load_teacher_config(str(folder))
-        self.teacher = distill.load_teacher(str(folder), self.run)
+        self.teacher = load_dip_run(str(folder), self.run)
         self.tokenizer = load_tokenizer(self.run)
         self.collator = make_collator(self.tokenizer)
         _, train_set, self.heldout, _ = prepare_data(self.run, self.tokenizer)

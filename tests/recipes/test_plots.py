@@ -6,7 +6,7 @@ import pytest
 
 from dipnet_hf import predict
 from recipes import distill, plots
-from recipes.finetune import load_tokenizer
+from recipes.running import load_dip_run, load_tokenizer
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_tokens_have_the_information_of_the_position_before(drawn, dip_runs, tmp
     assert "".join(tokens) == text[1:] and len(tokens) == len(text) - 1, "one token a letter, and none for the first"
     run = plots.load_run(folder)
     inputs = load_tokenizer(run)(text, return_tensors="pt")
-    prediction = predict(distill.load_teacher(folder, run), inputs, num_samples=3)
+    prediction = predict(load_dip_run(folder, run), inputs, num_samples=3)
     assert nats == prediction.mutual_information[0, :-1].tolist() and max(nats) > 0
     assert is_png(tmp_path / "pictures" / "tokens.png")
     assert "3 trajectories" in (tmp_path / "pictures" / "tokens.html").read_text()

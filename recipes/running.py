@@ -1,0 +1,78 @@
+"""What the recipes that train or load a model share: its folder, tokenizer and dtype, training and the result file."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState
+
+from recipes.config import DistillConfig, FinetuneConfig, dump_config
+
+
+def check_output_dir(output_dir: Path, config: FinetuneConfig | DistillConfig) -> None:
+    """Refuse a folder with a finished run, or with an interrupted run of another configuration."""
+    advice = "Delete or move that folder, or choose another with --set training.output_dir=FOLDER."
+    if (output_dir / "results.json").exists():
+        raise ValueError(f"{output_dir} already holds a finished run (results.json). {advice}")
+    started = output_dir / "config.yaml"
+    if started.exists() and started.read_text(encoding="utf-8") != dump_config(config):
+        raise ValueError(
+            f"{output_dir} holds an interrupted run of another configuration; give {started} to resume it. {advice}"
+        )
+
+
+def load_tokenizer(config: FinetuneConfig):
+    """Load the tokenizer; one without a pad token pads with eos."""
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise ValueError(f"No model folder at {config.model}; give one with a model and its tokenizer, or a Hub id.")
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {config.model} has no eos token, and an answer must end in one.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def model_dtype(config: FinetuneConfig) -> torch.dtype | str:
+    """Keep trained weights in float32, where small updates survive; an adapter's base is as configured or saved."""
+    return torch.float32 if config.weights == "full" else config.dtype or "auto"
+
+
+def load_base(run: FinetuneConfig) -> PreTrainedModel:
+    """Load the model that the run started from."""
+    return AutoModelForCausalLM.from_pretrained(
+        run.model,
+        dtype=model_dtype(run),
+        attn_implementation=run.attn_implementation,
+        trust_remote_code=run.trust_remote_code,
+    )
+
+
+def load_dip_run(folder: str, run: FinetuneConfig) -> PeftModel:
+    """Load the network of a finished run, with its noise."""
+    return PeftModel.from_pretrained(load_base(run), folder).eval()
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    A run that was interrupted after its last step is only loaded: resumed at `max_steps` amid an epoch, the Trainer of
+    transformers 5.23 would train a step more.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def write_results(path: Path, results: dict) -> None:
+    """Write a result file as JSON that a person can read: one entry per line, but lists of numbers on one."""
+    text = json.dumps(results, indent=1)
+    # The line breaks tell a list from a string.
+    text = re.sub(r"\[\n\s+([-+.\deE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    path.write_text(text, encoding="utf-8")
