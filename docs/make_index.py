@@ -13,16 +13,18 @@ HEAD = """\
 <!-- Written by docs/make_index.py; do not edit. -->
 # Log of experiments
 
-One file per finished run of an experiment, newest first, negative and failed ones included. An experiment that turned out
-wrong is marked as superseded, with a link to what replaced it, and never removed.
+One file per finished run of an experiment, newest first, negative and failed ones included. An experiment that turned
+out wrong is marked as superseded, with a link to what replaced it, and never removed.
 
-To add one, write `docs/log/YYYY-MM-DD-short-name.md` (the date in UTC) with a title and these headings, then run `python docs/make_index.py`:
+To add one, write `docs/log/YYYY-MM-DD-short-name.md` (the date in UTC) with a title and these headings, then run
+`python docs/make_index.py`:
 
 * **Question**: what the run was to decide, written before it was started.
 * **Command and commit**: the command, and the commit it ran at (`+dirty` if the tree was not clean).
 * **Conditions**: hardware, versions where they differ from `constraints.txt`, model, data, seeds, n.
-* **Result**: mean and spread over seeds with the unit and which way is better, and the committed result file it can be read from.
-* **Conclusion**: what was decided, or "undecided" and what would decide it. Its first sentence stands in the table below.
+* **Result**: mean and spread over seeds with the unit and which way is better, and the committed result file it can be
+  read from.
+* **Conclusion**: what was decided, or "undecided" and what would decide it. Its first sentence stands in the table.
 
 | date | experiment | what was decided |
 |---|---|---|
