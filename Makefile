@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu test-oldest style wheel bench bench-gpu lock clean
+.PHONY: help env demo test test-gpu test-oldest style docs wheel bench bench-gpu lock clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,13 @@ env: .venv/.installed  ## make .venv at the versions of constraints.txt
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install -c $(filter constraints%,$^) torch
 	$*/bin/python -m pip install -c $(filter constraints%,$^) -e '.[dev]'
+	touch $@
+
+# The site has an environment of its own, without the library and its torch: its pages and docstrings are read as text.
+# Its tools need Python 3.11 or newer.
+.venv-docs/.installed: constraints-docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -r constraints-docs.txt
 	touch $@
 
 demo: .venv/.installed  ## fine-tune a tiny model with and without DIPNet; results in runs/demo
@@ -44,6 +51,9 @@ style: .venv/.installed  ## lint, format, types, spelling: checks only
 	.venv/bin/mypy
 	.venv/bin/codespell
 
+docs: .venv-docs/.installed  ## the documentation site, in build/site; a broken link fails
+	.venv-docs/bin/mkdocs build --strict
+
 # Outside the repository, where only the wheel can be imported, and without the extras.
 wheel:  ## build the wheel, install it alone in .venv-wheel and run the README's examples there
 	rm -rf dist .venv-wheel
@@ -52,7 +62,7 @@ wheel:  ## build the wheel, install it alone in .venv-wheel and run the README's
 	.venv-wheel/bin/python -m pip wheel --no-deps -w dist .
 	.venv-wheel/bin/python -m pip install -c constraints.txt dist/*.whl
 	mkdir -p dist/tests
-	cp README.md dist
+	cp -r README.md docs dist
 	cp tests/test_readme.py tests/tiny_models.py dist/tests
 	cd dist && ../.venv-wheel/bin/python -m pytest -c /dev/null --rootdir . -rs tests
 
@@ -73,11 +83,13 @@ UV_COMPILE = uv pip compile pyproject.toml - --extra dev --python-version 3.10 -
 	--custom-compile-command "make lock"
 DROP_CUDA = sed -i.bak -E '/^(cuda|nvidia)[a-z0-9-]*==/d'
 
-lock:  ## resolve both constraints files again (needs uv)
+lock:  ## resolve the constraints files again (needs uv)
 	printf 'torch==2.13.0\ntriton==3.7.1\n' | $(UV_COMPILE) --universal -o constraints.txt
 	$(DROP_CUDA) constraints.txt && rm constraints.txt.bak
 	printf 'torch==2.13.0\ntriton==3.7.1\ntokenizers==0.23.1\n' | $(UV_COMPILE) --resolution lowest-direct -o constraints-oldest.txt
 	$(DROP_CUDA) constraints-oldest.txt && rm constraints-oldest.txt.bak
+	grep '^docs = ' pyproject.toml | grep -o '"[^"]*"' | tr -d '"' | uv pip compile - --universal --python-version 3.11 \
+		--no-annotate --quiet --custom-compile-command "make lock" -o constraints-docs.txt
 
 clean:  ## remove build products and caches; keeps runs/ and the environments
 	rm -rf build dist .venv-wheel *.egg-info .pytest_cache .ruff_cache .mypy_cache
