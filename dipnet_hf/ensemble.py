@@ -10,7 +10,7 @@ Shape legend: S samples, B batch, L sequence, V vocabulary. Row s * B + b is sam
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,12 +21,17 @@ from torch import nn
 from transformers import StaticCache
 from transformers.generation import GenerationConfig, GenerationMode
 
-from .architecture import RECURRENT_STATES, TEXT_INPUTS, context_length, is_encoder_decoder, setting, text_config
-from .draws import PositionDraw, SiteDraw
-from .late_expansion import LateExpansion
-from .noise import PositionNoise, fold_in, locate
-from .passes import Inputs
-from .projection import DipProjection
+from .architecture import (
+    RECURRENT_STATES,
+    TEXT_INPUTS,
+    Network,
+    is_encoder_decoder,
+    setting,
+    text_config,
+)
+from .draws import PassDraws, PositionDraw
+from .late_expansion import Inputs, LateExpansion
+from .noise import locate, position_noises
 from .uncertainty import Prediction, predictive_entropies
 
 _CACHES = (None, "dynamic", "offloaded")
@@ -55,22 +60,17 @@ class Ensemble:
     """The `Pass` of `num_samples` samples per row, whose mean the model returns.
 
     Args:
-        model (`nn.Module`): the network itself.
-        layers (`list[nn.Module]`): the layers from the first projected one on, if nothing below them is projected;
-            rows are repeated there in passes without gradients. Empty: always at the model's inputs.
-        projections (`list[DipProjection]`): the sites, in the order of the modules.
-        shifts_labels (`bool`): the model is a causal language model, whose loss of the result can be computed.
+        network (`Network`): what does not change about the model.
+        site_names (`list[str]`): the sites, in the order of the modules.
         num_samples (`int`): k.
         combine (`Callable`): logits of shape `(S, B, ...)` to what the model returns instead.
-        seed (`int`): which k networks.
+        seed (`int`): which k samples.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        layers: list[nn.Module],
-        projections: list[DipProjection],
-        shifts_labels: bool,
+        network: Network,
+        site_names: list[str],
         num_samples: int,
         combine: Callable[[torch.Tensor], torch.Tensor],
         seed: int,
@@ -79,26 +79,26 @@ class Ensemble:
             raise ValueError(f"num_samples must be an integer of at least 1, got {num_samples!r}.")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be an integer, got {seed!r}.")
-        if not projections:
+        if not site_names:
             raise ValueError(
                 "An ensemble needs the noise of a DIP adapter, and none is active: call set_adapter(name)."
             )
-        if is_encoder_decoder(model):
+        self.model = network.model
+        if not network.shifts_labels and is_encoder_decoder(self.model):
             raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder, which an ensemble does not support. Draw the samples "
-                "one by one with model.sampling(seed)."
+                f"{type(self.model).__name__} is an encoder-decoder, which an ensemble does not support. Draw the "
+                "samples one by one with model.sampling(seed)."
             )
-        self.model: Any = model
-        self.projections = projections
-        self._expansion = LateExpansion(model, layers, num_samples)
-        self.shifts_labels = shifts_labels
+        self.shifts_labels = network.shifts_labels
+        self._context_length = network.context_length
         self.num_samples = num_samples
         self.combine = combine
-        numbers = torch.arange(len(projections), device="cpu")
-        self._keys = fold_in(torch.tensor(seed, device="cpu"), numbers).unbind()
-        self._noises = [PositionNoise(key, num_samples) for key in self._keys]
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._site_names = site_names
+        self._expansion = LateExpansion(self.model, network.layers_from(site_names), num_samples)
+        self._noises = position_noises(seed, len(site_names), num_samples)
+        self._parameters = list(inspect.signature(self.model.forward).parameters)
         self._num_rows: int | None = None  # B while a forward pass of the ensemble runs
+        self._draws = PassDraws()
         self._labels: dict[str, Any] = {}
 
     @contextmanager
@@ -119,7 +119,7 @@ class Ensemble:
             with self._expansion.attached():
                 yield
         finally:
-            self._forget_draws()
+            self._stop()
             hook.remove()
             for name in replaced:
                 del attributes[name]
@@ -127,20 +127,18 @@ class Ensemble:
 
     # ---- into the model ----
 
-    def begin(
-        self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
-    ) -> tuple[Inputs | None, Sequence[SiteDraw]]:
+    def begin(self, args: tuple, kwargs: dict[str, Any], site_names: list[str]) -> tuple[Inputs | None, PassDraws]:
         """Repeat the inputs once per sample; see `Pass`.
 
         Raises:
             ValueError: an input that cannot be repeated, an empty or too long prompt, a cache from elsewhere, an
                 output that has no mean, or other sites than when the ensemble began.
         """
-        self._num_rows = None
-        self._expansion.stop()  # of a pass that failed
-        if not projections:
-            return None, []  # without noise one sample is as good as many
-        if projections != self.projections:
+        if self._num_rows is not None:
+            self._stop()  # the pass before failed
+        if not site_names:
+            return None, PassDraws()  # without noise one sample is as good as many
+        if site_names != self._site_names:
             raise ValueError("The adapter was changed within an ensemble: change it before the ensemble begins.")
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         names = (*TEXT_INPUTS, getattr(self.model, "main_input_name", ""), *inputs)
@@ -157,15 +155,9 @@ class Ensemble:
             positions_BL = self._positions(inputs, main).cpu()
             self._check_positions(positions_BL, padded=inputs.get("attention_mask") is not None)
             positions = locate(positions_BL, main.device)
-        draws = [
-            PositionDraw(key, self.num_samples, noise, positions)
-            for key, noise in zip(self._keys, self._noises, strict=True)
-        ]
-        if self._expansion.is_possible(inputs) and not torch.is_grad_enabled():
-            self._expansion.start(self._num_rows)
-        else:
-            inputs = {name: self._repeat_input(name, value) for name, value in inputs.items()}
-        return ((), inputs), draws
+        for name, noise in zip(site_names, self._noises, strict=True):
+            self._draws.by_site[name] = PositionDraw(self.num_samples, noise, positions)
+        return ((), self._expansion.expand(inputs, main.shape[0])), self._draws
 
     def _positions(self, inputs: dict[str, Any], main: torch.Tensor) -> torch.Tensor:
         """Every token's position in its own sequence, of shape `(B, L)` or `(1, L)`: padding does not count."""
@@ -178,20 +170,6 @@ class Ensemble:
         past_length = 0 if cache is None else cache.get_seq_length()
         return torch.arange(past_length, past_length + length, device=main.device)[None]
 
-    def _repeat_input(self, name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() < 2:
-            return value
-        if name == "position_ids" and value.dim() == 3:  # of several axes, for images within text
-            return value.repeat(1, self.num_samples, 1)
-        if value.shape[0] == self._num_rows:
-            return self._expansion.repeat(value)
-        if value.shape[0] == 1:
-            return value
-        raise ValueError(
-            f"An ensemble repeats the rows of its inputs, and {name} of shape {tuple(value.shape)} does not have one "
-            f"for each of the {self._num_rows} rows. Draw the samples one by one with model.sampling(seed)."
-        )
-
     # ---- out of the model ----
 
     def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -199,9 +177,7 @@ class Ensemble:
         if self._num_rows is None:
             return None
         rows = self.num_samples * self._num_rows
-        self._num_rows = None
-        self._expansion.stop()
-        self._forget_draws()  # a part of the model that is called by itself must not draw from them
+        self._stop()
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
         if logits is None:
             raise ValueError(f"An ensemble averages logits, and {type(module).__name__} returns none.")
@@ -216,9 +192,11 @@ class Ensemble:
             return output
         return type(output)(**{**output, "logits": logits, "loss": loss})
 
-    def _forget_draws(self) -> None:
-        for projection in self.projections:
-            projection.forget_draw()
+    def _stop(self) -> None:
+        """End the forward pass: no part of the model that is called by itself may draw from it."""
+        self._draws.by_site.clear()
+        self._num_rows, self._draws = None, PassDraws()
+        self._expansion.stop()
 
     def _pop_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Take what the loss needs out of the inputs: it is that of the result, not of the samples."""
@@ -267,7 +245,7 @@ class Ensemble:
             return
         if not padded and (positions_BL.diff() != 1).any():
             raise ValueError("An ensemble takes padded batches with their mask, not sequences packed by position_ids.")
-        context = context_length(self.model)
+        context = self._context_length
         last = int(positions_BL.max())
         if context is not None and last >= context:
             raise ValueError(

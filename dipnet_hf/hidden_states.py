@@ -34,7 +34,7 @@ class HiddenStateCapture:
         it, it is quantized or sharded), in a compiled model, and where the probe found other logits.
         """
         head = plain_head(self._model)
-        if head is None or not self.probe().logits_are_plain:
+        if head is None or not self._probe(head).logits_are_plain:
             yield
             return
 
@@ -61,7 +61,9 @@ class HiddenStateCapture:
 
         A warning says so if the head is a plain one and its logits are not.
         """
-        head = plain_head(self._model)
+        return self._probe(plain_head(self._model))
+
+    def _probe(self, head: nn.Linear | None) -> ModelProbe:
         # What may be replaced between two forward passes: the head's computation and the model's loss function.
         state = None if head is None else head.forward, vars(self._model).get("_loss_function")
         if self._probed is None or self._probed[0] != state:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from .architecture import router_loss_weight, shifts_labels
+from .architecture import Network, router_loss_weight
 from .batches import expand_batch
 from .config import DipConfig
 from .data_loss import data_terms
@@ -29,7 +29,7 @@ class DipLoss(NamedTuple):
 class NoisyModel(Protocol):
     """What the objective asks of a `DipModel`."""
 
-    model: Any
+    network: Network
     active_dip_config: DipConfig
     hidden_state_capture: HiddenStateCapture
 
@@ -62,7 +62,7 @@ def sampled_data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[T
         return data_terms(
             model,
             inputs,
-            shifts_labels(tuner.model),
+            tuner.network.shifts_labels,
             tuner.hidden_state_capture,
             config.num_samples,
             config.stability_loss_weight,
@@ -98,7 +98,7 @@ def dip_loss(
     prior = share * tuner.prior_loss()
     loss = terms.total / num_items + prior
     if getattr(outputs, "aux_loss", None) is not None:
-        loss = loss + share * router_loss_weight(tuner.model) * outputs.aux_loss
+        loss = loss + share * router_loss_weight(tuner.network.model) * outputs.aux_loss
     # Without a stability term the total is the NLL, with its gradients.
     nll = terms.nll if tuner.active_dip_config.stability_loss_weight else terms.total
     return DipLoss(loss, nll / num_items, prior, terms.stability / num_items)

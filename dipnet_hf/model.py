@@ -15,16 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import objective
-from .architecture import decoder_layers, is_encoder_decoder, shifts_labels
+from .architecture import describe, is_encoder_decoder
 from .calibration import calibrate, noise_sweep
 from .calibration_loss import CalibrationLoss
 from .config import DipConfig
-from .draws import RecomputeMemory
+from .draws import NoiseState, RecomputeMemory
 from .ensemble import AVERAGES, Ensemble
 from .hidden_states import HiddenStateCapture
 from .late_expansion import LateExpansion
-from .passes import FreshPass, KeySource, Pass
-from .projection import DipProjection, NoiseSwitch
+from .noise import KeySource
+from .passes import FreshPass, Pass
+from .projection import DipProjection
 from .sites import find_sites
 from .weights import (
     check_fits,
@@ -90,7 +91,8 @@ class DipModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._projections: list[DipProjection] = []
-        self._switch = NoiseSwitch()
+        self.network = describe(model)
+        self._state = NoiseState()
         self._memory = RecomputeMemory()
         self._pass: Pass = FreshPass(KeySource())
         self.hidden_state_capture = HiddenStateCapture(model, without_noise=self.deterministic)
@@ -142,7 +144,7 @@ class DipModel(BaseTuner):
     ) -> None:
         projection = getattr(target, "dip_projection", None)
         if projection is None:
-            projection = DipProjection(self._sites[current_key], self._switch, self._memory)
+            projection = DipProjection(self._sites[current_key], self._state, self._memory)
             projection.train(target.training)
             projection.attach(target)
         parameter = next(target.parameters(), None)
@@ -201,25 +203,21 @@ class DipModel(BaseTuner):
                     "is repeated, so its noise cannot be. Use use_reentrant=False, or checkpoint the layers."
                 )
             return None
-        projections = [projection for projection in self._projections if projection.sampling]
-        changed, draws = self._pass.begin(args, kwargs, projections)
-        for projection, draw in zip(projections, draws, strict=True):
-            projection.set_draw(draw)
+        names = [projection.site.name for projection in self._projections if projection.sampling]
+        changed, self._state.now = self._pass.begin(args, kwargs, names)
         if torch.compiler.is_compiling():
             self._memory.blind = True
-        else:
-            names = [projection.site.name for projection in projections]
-            # A pass without gradients is never recomputed, so its draws, which may hold noise, are not kept.
-            self._memory.remember(dict(zip(names, draws, strict=True)) if torch.is_grad_enabled() else {})
+        elif torch.is_grad_enabled():  # nothing is recomputed for a pass without gradients
+            self._memory.remember(self._state.now)
         return changed
 
     @contextlib.contextmanager
     def _with_noise(self, on: bool | None) -> Iterator[None]:
-        previous, self._switch.on = self._switch.on, on
+        previous, self._state.on = self._state.on, on
         try:
             yield
         finally:
-            self._switch.on = previous
+            self._state.on = previous
 
     @contextlib.contextmanager
     def sampling(self, seed: int | None = None) -> Iterator[None]:
@@ -281,29 +279,12 @@ class DipModel(BaseTuner):
     ) -> Iterator[None]:
         """As `ensemble`, but with the samples' logits of shape `(k, B, ...)`, or what `combine` makes of them."""
         self._check_no_ensemble()
-        ensemble = Ensemble(
-            model=self.model,
-            layers=self._layers_from_first_site(),
-            projections=self._active_projections(),
-            shifts_labels=shifts_labels(self.model),
-            num_samples=num_samples,
-            combine=combine,
-            seed=seed,
-        )
+        ensemble = Ensemble(self.network, self._site_names(), num_samples, combine, seed)
         with self._with_noise(on=True), self._running(ensemble):
             yield
 
-    def _layers_from_first_site(self) -> list[nn.Module]:
-        """The decoder layers from the first projected one on; none if noise enters below the second layer."""
-        if not shifts_labels(self.model):
-            return []
-        layers = decoder_layers(self.model)
-        numbers = [
-            next((i for i, (layer, _) in enumerate(layers) if f"{projection.site.name}.".startswith(f"{layer}.")), 0)
-            for projection in self._active_projections()
-        ]
-        first = min(numbers, default=0)
-        return [layer for _, layer in layers[first:]] if first > 0 else []
+    def _site_names(self) -> list[str]:
+        return [projection.site.name for projection in self._active_projections()]
 
     @contextlib.contextmanager
     def sampled_rows(self) -> Iterator[None]:
@@ -322,7 +303,7 @@ class DipModel(BaseTuner):
         if config.num_samples == 1:
             yield
             return
-        expansion = LateExpansion(self.model, self._layers_from_first_site(), config.num_samples)
+        expansion = LateExpansion(self.model, self.network.layers_from(self._site_names()), config.num_samples)
         with self._running(FreshPass(outer.keys, config.sampling == "pairs", expansion)):
             yield
 
@@ -392,7 +373,7 @@ class DipModel(BaseTuner):
         def noise(on: bool) -> contextlib.AbstractContextManager[None]:
             return self.sampling(seed=0) if on else self.deterministic()
 
-        return CalibrationLoss(self.model, batches, self.hidden_state_capture, noise)
+        return CalibrationLoss(self.network, batches, self.hidden_state_capture, noise)
 
     @property
     def needs_calibration(self) -> bool:

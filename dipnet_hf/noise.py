@@ -19,6 +19,31 @@ def new_key() -> torch.Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64)
 
 
+class KeySource:
+    """The keys of forward passes: fresh from PyTorch's global generator, or functions of a seed and the pass's number.
+
+    Processes have different keys, as they are often seeded alike.
+
+    Args:
+        seed (`int`, *optional*): the n-th pass's keys are a function of it.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = None if seed is None else torch.tensor(seed)
+        self._step = torch.tensor(0)
+
+    def next(self, num_sites: int) -> list[torch.Tensor]:
+        """Draw the next forward pass's keys, one int64 scalar per site."""
+        if self._seed is None:
+            key = new_key()
+        else:
+            key = fold_in(self._seed, self._step)
+            self._step = self._step + 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            key = fold_in(key, torch.distributed.get_rank())
+        return list(fold_in(key, torch.arange(num_sites)).unbind())
+
+
 @torch.library.custom_op("dipnet_hf::fold_in", mutates_args=())
 def _fold_in(key: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     # splitmix64's finalizer; int64 arithmetic wraps, and the masks make the right shifts logical.
@@ -111,6 +136,7 @@ class PositionNoise:
     """
 
     def __init__(self, key: torch.Tensor, num_samples: int) -> None:
+        self.key = key
         self._sample_keys = fold_in(key, torch.arange(num_samples, device=key.device))
         self._blocks: dict[int, torch.Tensor] = {}  # of shape (S, 1, BLOCK_LENGTH, D)
 
@@ -142,6 +168,12 @@ class PositionNoise:
             for sample, key in zip(noise, keys.tolist(), strict=True):
                 sample.normal_(generator=generator.manual_seed(key))
         return noise
+
+
+def position_noises(seed: int, num_sites: int, num_samples: int) -> list[PositionNoise]:
+    """The noise of every site for `num_samples` samples, a function of the seed and the site's number."""
+    keys = fold_in(torch.tensor(seed, device="cpu"), torch.arange(num_sites, device="cpu"))
+    return [PositionNoise(key, num_samples) for key in keys.unbind()]
 
 
 def add_noise(x: torch.Tensor, noise: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

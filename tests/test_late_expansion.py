@@ -2,14 +2,14 @@
 
 import torch
 
-from dipnet_hf.architecture import decoder_layers
+from dipnet_hf.architecture import describe
 from dipnet_hf.late_expansion import LateExpansion
 from tests.tiny_models import build
 
 
 def make(name="llama", num_samples=3):
     model = build(name)
-    return LateExpansion(model, [layer for _, layer in decoder_layers(model)[1:]], num_samples)
+    return LateExpansion(model, [layer for _, layer in describe(model).layers[1:]], num_samples)
 
 
 def test_masks_are_repeated_wherever_a_layer_is_given_them():
@@ -26,7 +26,8 @@ def test_masks_are_repeated_wherever_a_layer_is_given_them():
 def test_the_first_copy_of_the_inputs_keeps_all_labels():
     ids = torch.arange(6).view(2, 3).repeat(3, 1)
     inputs = {"input_ids": ids, "attention_mask": None, "labels": ids, "use_cache": False}
-    first = make().start_from_copies(inputs)
+    args, first = make().expand_copies((), inputs)
+    assert args == ()
     assert torch.equal(first["input_ids"], ids[:2]) and first["labels"] is ids
     assert first["attention_mask"] is None and first["use_cache"] is False
 
@@ -34,13 +35,14 @@ def test_the_first_copy_of_the_inputs_keeps_all_labels():
 def test_passes_whose_rows_are_not_known_to_be_copies_are_repeated_at_the_inputs():
     rows = make()
     ids = torch.ones(6, 3).long()
-    assert rows.is_possible_in_training({"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(3)})
+    assert rows.expand_copies((), {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(3)})
+    assert rows.expand_copies((ids,), {}) is None
     for other in (
         {"pixel_values": torch.ones(2, 3)},
         {"cu_seq_lens_q": torch.tensor([0, 3])},
         {"position_ids": torch.ones(3, 6, 3).long()},
         {"output_hidden_states": True},
     ):
-        assert not rows.is_possible_in_training({"input_ids": ids, **other})
-    assert not make("gpt_bigcode").is_possible_in_training({"input_ids": ids})  # gives its output the inputs' rows
-    assert not make("falcon").is_possible_in_training({"input_ids": ids})  # its layers are given position biases
+        assert rows.expand_copies((), {"input_ids": ids, **other}) is None
+    assert make("gpt_bigcode").expand_copies((), {"input_ids": ids}) is None  # gives its output the inputs' rows
+    assert make("falcon").expand_copies((), {"input_ids": ids}) is None  # its layers are given position biases
