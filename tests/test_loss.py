@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dipnet_hf import DipConfig, dip_loss
+from tests.helpers import dip_model
+from tests.tiny_models import build, make_batch
 
 
 class Noisy(nn.Module):
@@ -103,6 +105,45 @@ def test_micro_batches_add_up_to_the_large_batch():
         assert sum(getattr(part, name).item() for part in parts) == pytest.approx(
             getattr(whole, name).item(), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_the_router_losses_of_micro_batches_add_up_to_that_of_the_large_batch(num_samples):
+    """The tokens of all micro-batches are the same here, and so is their load; their labels are not."""
+    base = build("mixtral")
+    base.config.output_router_logits, base.config.router_aux_loss_coef = True, 0.5
+    model = dip_model(base, noise_scale="absolute", init_noise_std=0.0, num_samples=num_samples).train()
+    part = make_batch("llama")
+    num_supervised = (2, 4, 7)  # of the ten tokens at most
+    parts = [{**part, "labels": part["labels"].masked_fill(torch.arange(10) >= 3 + n, -100)} for n in num_supervised]
+    whole = {name: torch.cat([batch[name] for batch in parts]) for name in part}
+    num_items = (whole["labels"][:, 1:] != -100).sum()
+    aux_loss = model(**part).aux_loss.item()
+
+    results = [dip_loss(model, whole), *(dip_loss(model, batch, num_items) for batch in parts)]
+    router, *routers = [(result.loss - result.nll - result.prior - result.stability).item() for result in results]
+    assert router == pytest.approx(0.5 * aux_loss, rel=1e-5) and router > 0.5
+    assert sum(routers) == pytest.approx(router, rel=1e-5)
+    shares = [(batch["labels"][:, 1:] != -100).sum().item() / num_items.item() for batch in parts]
+    assert routers == pytest.approx([share * router for share in shares], rel=1e-4)
+
+
+@pytest.mark.parametrize("num_items", [None, 0])
+@pytest.mark.parametrize("whole_logits", [False, True])
+def test_a_batch_without_a_supervised_token_costs_its_prior_alone(whole_logits, num_items):
+    config = {"num_samples": 2, "stability_loss_weight": 0.5}
+    batch = make_batch("llama")
+    if whole_logits:
+        model = Noisy(DipConfig(weights="frozen", **config), torch.randn(8, 10, 11))
+        del batch["attention_mask"]
+    else:
+        model = dip_model(noise_scale="absolute", **config).train()
+    result = dip_loss(model, {**batch, "labels": torch.full_like(batch["labels"], -100)}, num_items)
+    assert result.nll == 0 and result.stability == 0
+    # With no token in the whole step, as in one of its batches, the prior's share is none.
+    assert result.loss == result.prior == (model.prior_loss() if num_items is None else 0)
+    result.loss.backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_batch_of_classes_needs_no_shift():

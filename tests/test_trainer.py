@@ -1,6 +1,7 @@
 """The objective inside transformers' Trainer: accumulation, optimizer groups, logs, calibration, resuming."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -132,6 +133,26 @@ def test_a_step_takes_what_channels_share(rows, tmp_path):
         torch.testing.assert_close(logvar.detach(), start - step)
 
 
+def test_an_optimizer_of_ones_own_is_left_as_it_is(rows, tmp_path):
+    model = dip_model(calibration=[collate(list(rows))])
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    gradients = []
+
+    class Spy(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            gradients.extend(parameter.grad.clone() for parameter in model.parameters())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    trainer_class = partial(DipTrainer, optimizers=(optimizer, None))
+    trainer = make_trainer(model, rows, tmp_path, trainer_class, max_steps=1, lr_scheduler_type="constant")
+    trainer.add_callback(Spy())
+    trainer.train()
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.5 and len(group["params"]) == len(before)
+    for parameter, start, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), start - 0.5 * gradient)  # no level is shared
+
+
 def test_calibrates_from_its_own_data_and_leaves_the_random_state(rows, tmp_path):
     runs = []
     for calibrated in (False, True):
@@ -144,6 +165,36 @@ def test_calibrates_from_its_own_data_and_leaves_the_random_state(rows, tmp_path
         assert ours["scale"] == pytest.approx(theirs["scale"], rel=1e-5)
     # So its first step draws the same noise on the same rows.
     assert losses(runs[0][1]) == pytest.approx(losses(runs[1][1]), rel=1e-5)
+
+
+def test_calibrates_in_the_precision_of_training(rows, tmp_path):
+    model = dip_model()
+    dtypes = {True: set(), False: set()}  # before it is calibrated, and after
+    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, args, output: dtypes[model.needs_calibration].add(output.dtype)
+    )
+    make_trainer(model, rows, tmp_path, bf16=True, max_steps=1).train()
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+
+
+def test_the_loader_that_calibration_leaves_early_does_not_count_as_being_read(rows, tmp_path):
+    loaders, being_read = [], []
+
+    class Spy(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            being_read.extend(trainer.accelerator.gradient_state.dataloader_references)
+
+    class Recorded(DipTrainer):
+        def get_train_dataloader(self):
+            loaders.append(super().get_train_dataloader())
+            return loaders[-1]
+
+    trainer = make_trainer(dip_model(), rows, tmp_path, Recorded, per_device_train_batch_size=1, max_steps=1)
+    trainer.add_callback(Spy())
+    trainer.train()
+    calibration_loader, training_loader = loaders
+    assert len(calibration_loader) == 16  # calibration takes eight
+    assert being_read and not any(loader is calibration_loader for loader in being_read)
 
 
 def test_evaluation_is_noise_off_and_plain(rows, tmp_path):
