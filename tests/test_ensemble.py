@@ -339,6 +339,24 @@ def test_afterwards_all_is_as_before():
     assert torch.equal(model.generate(input_ids=input_ids, max_new_tokens=3, do_sample=False), expected)
 
 
+def test_a_generate_of_the_instance_is_called_within_and_is_back_afterwards():
+    model, input_ids = model_and_prompts()
+    base, calls = model.get_base_model(), []
+
+    def own_generate(*args, **kwargs):
+        calls.append(kwargs["max_new_tokens"])
+        return type(base).generate(base, *args, **kwargs)
+
+    base.generate = own_generate
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), model.ensemble(num_samples=2):
+            model.generate(input_ids=input_ids, max_new_tokens=3, do_sample=False)
+            if error is not None:
+                raise error
+        assert base.generate is own_generate
+    assert calls == [3, 3]
+
+
 def test_no_noise_is_kept_afterwards(monkeypatch):
     alive = weakref.WeakSet()
 
@@ -365,6 +383,27 @@ def test_a_failed_forward_leaves_no_trace_in_the_next():
         with model.deterministic(), pytest.raises(IndexError):
             model(input_ids=input_ids + VOCAB_SIZE)
         assert torch.equal(model(input_ids=input_ids[:2]).logits, expected)
+
+
+@torch.no_grad()
+def test_a_forward_that_failed_in_an_upper_layer_leaves_no_trace_in_the_next():
+    """Where rows are repeated at the upper layers, a pass that failed there was one of repeated rows."""
+    model, input_ids = model_and_prompts(layers_to_transform=[1, 2])
+    plain = model(input_ids=input_ids).logits
+
+    def fail(module, args, output):
+        raise MemoryError("the layer is too large")
+
+    with model.ensemble(num_samples=2):
+        expected = model(input_ids=input_ids).logits
+        for _ in range(2):
+            hook = model.get_base_model().model.layers[1].register_forward_hook(fail)
+            with pytest.raises(MemoryError, match="the layer is too large"):
+                model(input_ids=input_ids)
+            hook.remove()
+            with model.deterministic():
+                assert torch.equal(model(input_ids=input_ids).logits, plain)
+            assert torch.equal(model(input_ids=input_ids).logits, expected)
 
 
 # ---- predict ----

@@ -214,6 +214,20 @@ def test_only_hidden_states_of_the_batch_are_captured():
     assert torch.equal(head.logits(hidden), base(input_ids=ids).logits)
 
 
+def test_a_second_use_of_the_head_in_one_pass_is_left_alone():
+    """As by a part of the model that did not run when the model was probed."""
+    base = build("llama")
+    capture = HiddenStateCapture(base, without_noise=contextlib.nullcontext)
+    assert capture.probe().logits_are_plain
+    ids, others = torch.arange(12).view(2, 6), torch.randn(2, 6, 32)
+    with capture.capturing(torch.Size([2, 6])):
+        base(input_ids=ids)
+        second = base.lm_head(others)
+        hidden, head = capture.pop()
+    assert torch.equal(second, base.lm_head(others))
+    assert torch.equal(head.logits(hidden), base(input_ids=ids).logits)
+
+
 def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
     from peft import LoraConfig
 

@@ -56,3 +56,13 @@ def test_passes_whose_rows_are_not_known_to_be_copies_are_repeated_at_the_inputs
         assert not expansion.is_possible_in_training({"input_ids": ids, **other})
     for name in ("gpt_bigcode", "falcon"):  # gives its output the inputs' rows; its layers are given position biases
         assert not upper_expansion(build(name)).is_possible_in_training({"input_ids": ids})
+
+
+def test_rows_of_flex_attention_are_repeated_at_the_inputs():
+    """Its mask is one object for all rows, made before the layers, in which no row can be repeated."""
+    model = build("llama")
+    inputs = {"input_ids": torch.ones(6, 3).long()}
+    assert upper_expansion(model).is_possible(inputs) and upper_expansion(model).is_possible_in_training(inputs)
+    model.set_attn_implementation("flex_attention")
+    assert not upper_expansion(model).is_possible(inputs)
+    assert not upper_expansion(model).is_possible_in_training(inputs)

@@ -1,6 +1,7 @@
 """The operator of eq. (1): statistics of the draws, gradients, memory, keys. Noise by position, by definition."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -230,3 +231,20 @@ def test_position_noise_by_definition():
     noise = PositionNoise(fold_in(torch.tensor(7), 3), 2)
     cpu = torch.device("cpu")
     assert torch.equal(noise.at(locate(torch.arange(200)[None], cpu), 16, cpu)[1, 0], expected)
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 5, 40]], ids=["one place", "rows at different places"])
+def test_the_memory_of_noise_by_position_does_not_grow_with_the_text(starts):
+    noise, cpu = PositionNoise(key(), 2), torch.device("cpu")
+    sizes = []
+    for step in range(6 * BLOCK_LENGTH):
+        noise.at(locate(torch.tensor(starts)[:, None] + step, cpu), 16, cpu)
+        sizes.append(len(pickle.dumps(noise)))
+    block_bytes = 2 * BLOCK_LENGTH * 16 * 4
+    assert block_bytes < max(sizes) < (len(starts) + 0.5) * block_bytes
+
+
+def test_noise_by_position_keeps_no_more_of_a_prompt_than_its_end():
+    noise, cpu = PositionNoise(key(), 2), torch.device("cpu")
+    noise.at(locate(torch.arange(6 * BLOCK_LENGTH)[None], cpu), 16, cpu)
+    assert len(pickle.dumps(noise)) < 1.5 * 2 * BLOCK_LENGTH * 16 * 4

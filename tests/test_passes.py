@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.helpers import calibrated_model, logits, projections
+from dipnet_hf.batches import expand_batch
+from tests.helpers import calibrated_model, dip_model, logits, projections
 from tests.tiny_models import NUM_LAYERS, build, make_batch
 
 
@@ -99,3 +100,20 @@ def test_generation(batch):
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], plain) and not torch.equal(drawn[0], drawn[2])
     assert torch.equal(model.generate(**prompt, **options), plain)
+
+
+def test_a_training_pass_that_failed_in_an_upper_layer_leaves_no_trace_in_the_next(batch):
+    """Where copies of rows part at the upper layers, a pass that failed there was one of repeated rows."""
+    model = dip_model(noise_scale="absolute", num_samples=2, layers_to_transform=[1, 2]).train()
+    plain = logits(build("llama"), batch)
+
+    def fail(module, args, output):
+        raise MemoryError("the layer is too large")
+
+    with model.sampled_rows():
+        hook = model.get_base_model().model.layers[1].register_forward_hook(fail)
+        with pytest.raises(MemoryError, match="the layer is too large"):
+            model(**expand_batch(batch, 2))
+        hook.remove()
+        with model.deterministic():
+            assert torch.equal(logits(model, batch), plain)
