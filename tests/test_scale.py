@@ -141,6 +141,7 @@ def test_a_sample_of_tokens_is_uniform_and_bounded():
 def test_many_tokens_keep_the_memory_of_a_sample(monkeypatch):
     batches = [make_outlier_batch(num_rows=32, seed=seed) for seed in range(4)]
     config = DipConfig(weights="frozen", init_noise_std=0.1)
+    # The limits are no setting: without other ones it would take more tokens than a test has.
     monkeypatch.setattr(scale_module, "_MAX_TOKENS", 10_000)
     whole = get_dip_model(build_with_outliers(), config, calibration=batches)
     kept = []
