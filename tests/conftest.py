@@ -12,6 +12,14 @@ if not torch.cuda.is_available():
 
 from tests import tiny_models
 
+pytest.register_assert_rewrite("tests.helpers")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test starts from the same random state, whichever ran before."""
+    torch.manual_seed(0)
+
 
 @pytest.fixture
 def tiny_llama():

@@ -77,14 +77,14 @@ def test_all_sides_write_answers_of_one_length():
     assert [tuple(answer.shape) for answer in answers] == [(1, 7)] * 4
 
 
-def read(results, name):
+def read_rows(results, name):
     (path,) = results.glob(f"{name}-*.json")
     return json.loads(path.read_text())["rows"]
 
 
 def test_step_compares_every_case(results, capsys):
     step.main(["--hidden", "64", "--weights", "lora", "full", "--rounds", "2"])
-    rows = read(results, "step")
+    rows = read_rows(results, "step")
     assert [(row["side"], row["peer"]) for row in rows] == 2 * step.RATIOS
     for row in rows:
         check_ratio(row, "time_ratio")
@@ -94,7 +94,7 @@ def test_step_compares_every_case(results, capsys):
 
 def test_a_profile_lists_what_a_step_adds(results, capsys):
     step_profile.main(["--hidden", "64", "--steps", "1"])
-    for row in read(results, "step_profile"):
+    for row in read_rows(results, "step_profile"):
         added = {operator["name"]: operator["more_calls"] for operator in row["operators"]}
         assert len(added) == step_profile.NUM_LISTED and all(calls > 0 for calls in added.values())
         assert row["flops_over_peer"] > 0
@@ -103,7 +103,7 @@ def test_a_profile_lists_what_a_step_adds(results, capsys):
 
 def test_all_losses_are_one_objective(results):
     loss.main(["--vocab", "11", "--rounds", "2"])
-    rows = read(results, "loss")
+    rows = read_rows(results, "loss")
     assert len(rows) == 2 * (3 + 5)
     for row in rows:
         check_ratio(row, "time_over_naive")
@@ -117,7 +117,7 @@ def test_all_losses_are_one_objective(results):
 
 def test_projection_compares_implementations_with_a_copy(results):
     projection.main(["--rounds", "2"])
-    rows = read(results, "projection")
+    rows = read_rows(results, "projection")
     assert [row["direction"] for row in rows] == ["forward"] * 3 + ["backward"] * 3 + ["forward", "backward"]
     for row in rows:
         check_ratio(row, "copy_bandwidth")
@@ -125,7 +125,7 @@ def test_projection_compares_implementations_with_a_copy(results):
 
 def test_scaling_fits_exponents(results):
     scaling.main(["--rounds", "2"])
-    assert [row["quantity"] for row in read(results, "scaling")] == ["S", "k"]
+    assert [row["quantity"] for row in read_rows(results, "scaling")] == ["S", "k"]
     assert len(list(results.glob("scaling-*.png"))) == 1
     fitted = scaling.exponents("time", [1, 2, 4, 8], [3.0, 12.0, 48.0, 384.0])
     assert fitted["time_last_exponent"] == pytest.approx(3.0) and 2 < fitted["time_exponent"] < 3
@@ -153,7 +153,7 @@ def test_padding_compares_batches_of_the_same_problems(results, shared, monkeypa
     monkeypatch.setattr(padding, "BATCH_SIZE", 2)
     folder = {"model": shared / "models" / "stories260K", "dataset": shared / "data" / "gsm8k"}
     padding.main(["--rounds", "2", "--set", *(f"{name}={path}" for name, path in folder.items())])
-    rows = {row["batches"]: row for row in read(results, "padding")}
+    rows = {row["batches"]: row for row in read_rows(results, "padding")}
     assert rows["padded"]["time_over_padded"] == 1
     assert rows["padding-free"]["num_tokens"] <= rows["sorted"]["num_tokens"] <= rows["padded"]["num_tokens"]
 

@@ -1,29 +1,23 @@
 """Two gloo processes: one objective, one calibration, two noises."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from dipnet_hf import DipConfig, DipTrainer, dip_loss, get_dip_model
-from tests.test_trainer import collate, make_rows, make_trainer
-from tests.tiny_models import build
+from dipnet_hf import dip_loss
+from tests.helpers import collate, dip_model, make_rows, make_trainer, run_in_two_processes
 
 
 def make_model(noise, **config):
     """A model that is calibrated by its trainer, or, with `noise_scale="absolute"`, not at all."""
-    config = {"num_samples": 2, "stability_loss_weight": 0.5, "weights": "full"} | config
-    config |= {"init_noise_std": 0.3} if noise else {"init_noise_std": 0.0, "prior_weight": 0.0}
-    return get_dip_model(build("llama"), DipConfig(**config))
+    config = {"num_samples": 2, "stability_loss_weight": 0.5} | config
+    return dip_model(**config, **({} if noise else {"init_noise_std": 0.0, "prior_weight": 0.0}))
 
 
 def train(folder, batch_size, noise, result):
     """Train two steps; save the weights, the logs, the scales and one noisy forward of each process."""
     model = make_model(noise)
-    trainer = make_trainer(model, make_rows(), folder, DipTrainer, per_device_train_batch_size=batch_size, optim="sgd")
+    trainer = make_trainer(model, make_rows(), folder, per_device_train_batch_size=batch_size, optim="sgd")
     trainer.train()
     torch.manual_seed(0)
     with torch.no_grad(), model.sampling():
@@ -36,10 +30,8 @@ def train(folder, batch_size, noise, result):
     torch.save({"weights": model.state_dict(), "logs": logs, "noisy": noisy}, result)
 
 
-def run_rank(rank, port, folder):
-    """One of two processes, as a launcher starts it."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+def train_rank(rank, folder):
+    """What each of two processes does."""
     for noise in (False, True):
         train(folder, 4, noise, f"{folder}/{noise}-two-{rank}.pt")
     for static_graph in (False, True):
@@ -61,10 +53,7 @@ def gradients_of(model, rank):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("runs"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, folder), nprocs=2)
+    run_in_two_processes(train_rank, folder)
     return folder
 
 

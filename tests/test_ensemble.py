@@ -1,7 +1,6 @@
 """The ensemble against a slow reference, and what must not matter to it: cache, batch, padding, the other samples."""
 
 import contextlib
-import math
 import weakref
 from functools import partial
 
@@ -11,9 +10,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration, TextStreamer
 
-from dipnet_hf import DipConfig, get_dip_model, predict
-from dipnet_hf.noise import BLOCK_LENGTH, PositionNoise, fold_in, locate
-from dipnet_hf.sites import decoder_layers
+from dipnet_hf import DipConfig, ensemble, get_dip_model, predict
+from dipnet_hf.architecture import decoder_layers
+from dipnet_hf.noise import BLOCK_LENGTH, PositionNoise
+from tests.helpers import dip_model, noise_by_definition, projections
 from tests.tiny_models import CAUSAL, NUM_LAYERS, VOCAB_SIZE, build, make_batch
 
 SITES = {
@@ -27,29 +27,18 @@ SITES = {
 TOLERANCE = 2e-6
 
 
-def make(name="llama", init_noise_std=0.5, **config):
+def model_and_prompts(name="llama", init_noise_std=0.5, **config):
     """A model whose channels have different variances, and four prompts of seven tokens."""
-    model = get_dip_model(
-        build(name),
-        DipConfig(**{"weights": "frozen", "init_noise_std": init_noise_std} | config),
-        calibration=[make_batch(name)],
-    )
+    config = {"weights": "frozen", "init_noise_std": init_noise_std} | config
+    model = dip_model(name, [make_batch(name)], **config)
     generator = torch.Generator().manual_seed(1)
     for logvar in model.logvars():
         logvar.data += torch.rand(logvar.shape, generator=generator)
     return model.eval(), make_batch(name)["input_ids"][:, :7].clamp(min=3)
 
 
-def noise_by_definition(seed, site_number, sample, position, size):
-    """The noise of one token: from a generator of its own for (seed, site, sample, block of positions)."""
-    key = fold_in(fold_in(torch.tensor(seed), site_number), sample)
-    block, place = divmod(position, BLOCK_LENGTH)
-    generator = torch.Generator().manual_seed(int(fold_in(key, block)))
-    return torch.randn(BLOCK_LENGTH, size, generator=generator)[place]
-
-
 @contextlib.contextmanager
-def one_trajectory(model, seed, sample):
+def one_sample(model, seed, sample):
     """Noise added in the open, token by token, for one sample; positions count from zero."""
 
     def add(x, number, projection):
@@ -68,8 +57,8 @@ def one_trajectory(model, seed, sample):
         return hook
 
     handles = []
-    for number, projection in enumerate(model.base_model._projections):
-        module, hook = model.base_model.model.get_submodule(projection.site.name), hook_for(number, projection)
+    for number, (name, projection) in enumerate(projections(model).items()):
+        module, hook = model.get_base_model().get_submodule(name), hook_for(number, projection)
         handles.append(
             module.register_forward_hook(hook)
             if projection.site.at_output
@@ -82,11 +71,11 @@ def one_trajectory(model, seed, sample):
             handle.remove()
 
 
-def slow_trajectories(model, inputs, num_samples, seed):
+def slow_samples(model, inputs, num_samples, seed):
     """The logits of the samples, one noisy pass a sample and row, of shape `(S, B, L, V)`."""
     samples = []
     for sample in range(num_samples):
-        with one_trajectory(model, seed, sample):
+        with one_sample(model, seed, sample):
             samples.append(torch.cat([model(input_ids=row[None]).logits for row in inputs]))
     return torch.stack(samples)
 
@@ -98,8 +87,8 @@ def slow_trajectories(model, inputs, num_samples, seed):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 @torch.no_grad()
 def test_the_mean_is_that_of_separate_passes(name, sites):
-    model, input_ids = make(name, **SITES[sites])
-    samples = slow_trajectories(model, input_ids, num_samples=3, seed=5)
+    model, input_ids = model_and_prompts(name, **SITES[sites])
+    samples = slow_samples(model, input_ids, num_samples=3, seed=5)
     expected = {"prob": samples.softmax(-1).mean(0).log(), "logit": samples.mean(0)}
     for average, logits in expected.items():
         with model.ensemble(num_samples=3, average=average, seed=5):
@@ -108,9 +97,9 @@ def test_the_mean_is_that_of_separate_passes(name, sites):
 
 
 def test_gradients_are_those_of_separate_passes():
-    model, input_ids = make(weights="full")
+    model, input_ids = model_and_prompts(weights="full")
     targets = input_ids[:, 1:].flatten()
-    samples = slow_trajectories(model, input_ids, num_samples=2, seed=0)
+    samples = slow_samples(model, input_ids, num_samples=2, seed=0)
     F.nll_loss(samples.softmax(-1).mean(0).log()[:, :-1].flatten(0, 1), targets).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -122,7 +111,7 @@ def test_gradients_are_those_of_separate_passes():
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_mean(batch):
-    model, _ = make()
+    model, _ = model_and_prompts()
     with model.ensemble(4):
         output = model(**batch)
         loss, logits, *_ = model(**batch, return_dict=False)
@@ -159,7 +148,7 @@ def test_images_have_one_noise_an_example(name, config):
 @pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_noise_depends_on_the_position_alone(name, sites):
-    model, input_ids = make(name, **SITES[sites])
+    model, input_ids = model_and_prompts(name, **SITES[sites])
     padding = torch.zeros(4, 3, dtype=torch.long)
     mask = torch.cat([padding, torch.ones_like(input_ids)], dim=1)
     padded = {"input_ids": torch.cat([padding, input_ids], dim=1), "attention_mask": mask}
@@ -182,7 +171,7 @@ def test_noise_depends_on_the_position_alone(name, sites):
 @pytest.mark.parametrize("sites", ["all layers", "upper layers", "embedding"])
 @torch.no_grad()
 def test_generation_does_not_depend_on_cache_batch_padding_or_chunks(sites):
-    model, input_ids = make(**SITES[sites])
+    model, input_ids = model_and_prompts(**SITES[sites])
     prompts = [input_ids[0, :3], input_ids[1, :7], input_ids[2, :5]]
     padded = torch.stack([F.pad(prompt, (7 - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([F.pad(torch.ones_like(prompt), (7 - len(prompt), 0)) for prompt in prompts])
@@ -197,7 +186,7 @@ def test_generation_does_not_depend_on_cache_batch_padding_or_chunks(sites):
 
 @torch.no_grad()
 def test_generation_with_streamer_scores_sequences_and_embeddings(capsys):
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
 
     class Numbers:
         def decode(self, token_ids, **kwargs):
@@ -222,7 +211,7 @@ def test_generation_with_streamer_scores_sequences_and_embeddings(capsys):
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_one_sample_without_variance_is_plain_generation(do_sample):
-    model, input_ids = make(weights=LoraConfig(r=2, target_modules="all-linear"))
+    model, input_ids = model_and_prompts(weights=LoraConfig(r=2, target_modules="all-linear"))
     for logvar in model.logvars():
         logvar.data.fill_(-torch.inf)
     torch.manual_seed(0)
@@ -233,7 +222,7 @@ def test_one_sample_without_variance_is_plain_generation(do_sample):
 
 
 def test_the_seed_chooses_the_networks_and_the_global_generators_are_left_alone():
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     state = torch.get_rng_state()
 
     def logits(**settings):
@@ -247,7 +236,7 @@ def test_the_seed_chooses_the_networks_and_the_global_generators_are_left_alone(
 
 @torch.no_grad()
 def test_bfloat16_keeps_its_dtype_and_is_near_float32():
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     with model.ensemble(4):
         expected = model(input_ids=input_ids).logits
         logits = model.to(torch.bfloat16)(input_ids=input_ids).logits
@@ -257,7 +246,7 @@ def test_bfloat16_keeps_its_dtype_and_is_near_float32():
 
 @torch.no_grad()
 def test_a_changed_variance_is_seen_within_the_ensemble():
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     with model.ensemble(2):
         before = model(input_ids=input_ids).logits
         for logvar in model.logvars():
@@ -270,9 +259,9 @@ def test_a_changed_variance_is_seen_within_the_ensemble():
 
 @torch.no_grad()
 def test_a_site_that_sees_all_rows_as_one_has_each_tokens_noise():
-    model, input_ids = make("mixtral", target_modules=["gate"])
+    model, input_ids = model_and_prompts("mixtral", target_modules=["gate"])
     seen = []
-    gate = model.base_model.model.get_submodule(model.base_model._projections[0].site.name)
+    gate = model.get_base_model().get_submodule(next(iter(projections(model))))
     gate.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     with model.ensemble(2):
         logits = model(input_ids=input_ids).logits
@@ -285,18 +274,18 @@ def test_a_site_that_sees_all_rows_as_one_has_each_tokens_noise():
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
 @torch.no_grad()
 def test_layers_with_inputs_of_their_own_are_right_too(name):
-    model, input_ids = make(name, layers_to_transform=[2])
+    model, input_ids = model_and_prompts(name, layers_to_transform=[2])
     with model.ensemble(3):
         logits = model(input_ids=input_ids).logits
         alone = torch.cat([model(input_ids=row[None]).logits for row in input_ids])
     torch.testing.assert_close(logits, alone, atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(
-        logits.exp(), slow_trajectories(model, input_ids, 3, seed=0).softmax(-1).mean(0), atol=5e-6, rtol=1e-5
+        logits.exp(), slow_samples(model, input_ids, 3, seed=0).softmax(-1).mean(0), atol=5e-6, rtol=1e-5
     )
 
 
 def test_noise_drawn_in_inference_mode_may_meet_gradients():
-    model, input_ids = make(weights="full")
+    model, input_ids = model_and_prompts(weights="full")
     with model.ensemble(2):
         with torch.inference_mode():
             expected = model(input_ids=input_ids).logits
@@ -313,9 +302,9 @@ def test_noise_drawn_in_inference_mode_may_meet_gradients():
 )  # whose layers may be given a bias of B * heads rows
 @pytest.mark.parametrize("first", range(NUM_LAYERS))
 def test_layers_below_the_first_site_run_once_a_prompt(name, first):
-    model, input_ids = make(name, layers_to_transform=list(range(first, NUM_LAYERS)))
+    model, input_ids = model_and_prompts(name, layers_to_transform=list(range(first, NUM_LAYERS)))
     rows = [[] for _ in range(NUM_LAYERS)]
-    for seen, (_, layer) in zip(rows, decoder_layers(model.base_model.model), strict=True):
+    for seen, (_, layer) in zip(rows, decoder_layers(model.get_base_model()), strict=True):
         # The projection's own hook comes first, so this one sees what the layer is given in the end.
         layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
     with model.ensemble(num_samples=4):
@@ -325,7 +314,7 @@ def test_layers_below_the_first_site_run_once_a_prompt(name, first):
 
 
 def test_nothing_is_repeated_where_no_noise_is_drawn():
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     expected = model(input_ids=input_ids).logits
     with model.ensemble(num_samples=4):
         with model.deterministic():
@@ -335,30 +324,57 @@ def test_nothing_is_repeated_where_no_noise_is_drawn():
 
 
 def test_afterwards_all_is_as_before():
-    model, input_ids = make(layers_to_transform=[1, 2])
+    model, input_ids = model_and_prompts(layers_to_transform=[1, 2])
     expected = model.generate(input_ids=input_ids, max_new_tokens=3, do_sample=False)
+    # PyTorch has no public list of a module's hooks.
     hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-    attributes = set(vars(model.base_model.model))
+    attributes = set(vars(model.get_base_model()))
     for error in (None, KeyError):
         with contextlib.suppress(KeyError), model.ensemble(num_samples=4):
             model(input_ids=input_ids)
             if error is not None:
                 raise error
         assert hooks == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-        assert attributes == set(vars(model.base_model.model))
+        assert attributes == set(vars(model.get_base_model()))
     assert torch.equal(model.generate(input_ids=input_ids, max_new_tokens=3, do_sample=False), expected)
 
 
-def test_no_noise_is_kept_afterwards():
-    model, input_ids = make()
+def test_a_generate_of_the_instance_is_called_within_and_is_back_afterwards():
+    model, input_ids = model_and_prompts()
+    base, calls = model.get_base_model(), []
+
+    def own_generate(*args, **kwargs):
+        calls.append(kwargs["max_new_tokens"])
+        return type(base).generate(base, *args, **kwargs)
+
+    base.generate = own_generate
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), model.ensemble(num_samples=2):
+            model.generate(input_ids=input_ids, max_new_tokens=3, do_sample=False)
+            if error is not None:
+                raise error
+        assert base.generate is own_generate
+    assert calls == [3, 3]
+
+
+def test_no_noise_is_kept_afterwards(monkeypatch):
+    alive = weakref.WeakSet()
+
+    class Watched(PositionNoise):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+
+    monkeypatch.setattr(ensemble, "PositionNoise", Watched)
+    model, input_ids = model_and_prompts()
     with torch.no_grad(), model.ensemble(num_samples=2):
         model(input_ids=input_ids)
-        noise = weakref.ref(model.base_model._pass._noises[0])
-    assert noise() is None
+        assert len(alive) == NUM_LAYERS
+    assert not alive
 
 
 def test_a_failed_forward_leaves_no_trace_in_the_next():
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     with model.ensemble(num_samples=2):
         expected = model(input_ids=input_ids[:2]).logits
         with pytest.raises(IndexError):
@@ -369,53 +385,34 @@ def test_a_failed_forward_leaves_no_trace_in_the_next():
         assert torch.equal(model(input_ids=input_ids[:2]).logits, expected)
 
 
-# ---- the noise ----
+@torch.no_grad()
+def test_a_forward_that_failed_in_an_upper_layer_leaves_no_trace_in_the_next():
+    """Where rows are repeated at the upper layers, a pass that failed there was one of repeated rows."""
+    model, input_ids = model_and_prompts(layers_to_transform=[1, 2])
+    plain = model(input_ids=input_ids).logits
 
+    def fail(module, args, output):
+        raise MemoryError("the layer is too large")
 
-def position_noise(num_samples=4, first=0, length=200, size=16, key=0):
-    noise = PositionNoise(torch.tensor(key), num_samples)
-    return noise.at(locate(torch.arange(first, first + length)[None], torch.device("cpu")), size, torch.device("cpu"))
-
-
-def test_position_noise_is_standard_normal_and_independent():
-    eps = position_noise(num_samples=8, length=4096)[:, 0]
-    n = eps.numel()
-    assert abs(eps.mean()) < 5 / math.sqrt(n)
-    assert abs(eps.var() - 1) < 5 * math.sqrt(2 / n)
-    assert abs(eps.pow(4).mean() - 3) < 5 * math.sqrt(96 / n)
-    for dim in range(3):  # samples, positions, channels
-        neighbours = eps.narrow(dim, 1, eps.shape[dim] - 1) * eps.narrow(dim, 0, eps.shape[dim] - 1)
-        assert abs(neighbours.mean()) < 5 / math.sqrt(neighbours.numel())
-    blocks = eps[:, :-BLOCK_LENGTH] * eps[:, BLOCK_LENGTH:]
-    assert abs(blocks.mean()) < 5 / math.sqrt(blocks.numel())
-    assert abs((eps * position_noise(num_samples=8, length=4096, key=1)[:, 0]).mean()) < 5 / math.sqrt(n)
-
-
-def test_a_samples_noise_does_not_depend_on_the_others_nor_on_the_way_there():
-    whole = position_noise(num_samples=8)
-    assert torch.equal(position_noise(num_samples=3), whole[:3])
-    assert torch.equal(position_noise(first=70, length=50), whole[:4, :, 70:120])
-    noise, cpu = PositionNoise(torch.tensor(0), 4), torch.device("cpu")
-    steps = [noise.at(locate(torch.tensor([[t]]), cpu), 16, cpu) for t in range(200)]
-    assert torch.equal(torch.cat(steps, dim=2), whole[:4])
-    rows = torch.tensor([[0, 0, 1, 2], [150, 151, 152, 153], [31, 32, 33, 64]])
-    assert torch.equal(noise.at(locate(rows, cpu), 16, cpu), whole[:4, 0][:, rows])
-
-
-def test_position_noise_by_definition():
-    expected = torch.stack([noise_by_definition(7, 3, 1, t, 16) for t in range(200)])
-    noise = PositionNoise(fold_in(torch.tensor(7), 3), 2)
-    cpu = torch.device("cpu")
-    assert torch.equal(noise.at(locate(torch.arange(200)[None], cpu), 16, cpu)[1, 0], expected)
+    with model.ensemble(num_samples=2):
+        expected = model(input_ids=input_ids).logits
+        for _ in range(2):
+            hook = model.get_base_model().model.layers[1].register_forward_hook(fail)
+            with pytest.raises(MemoryError, match="the layer is too large"):
+                model(input_ids=input_ids)
+            hook.remove()
+            with model.deterministic():
+                assert torch.equal(model(input_ids=input_ids).logits, plain)
+            assert torch.equal(model(input_ids=input_ids).logits, expected)
 
 
 # ---- predict ----
 
 
-def test_predict_is_the_spread_of_the_trajectories(batch):
-    model, input_ids = make()
+def test_predict_is_the_spread_of_the_samples(batch):
+    model, input_ids = model_and_prompts()
     prediction = predict(model, {"input_ids": input_ids}, num_samples=3, seed=4)
-    probs = slow_trajectories(model, input_ids, num_samples=3, seed=4).softmax(-1)
+    probs = slow_samples(model, input_ids, num_samples=3, seed=4).softmax(-1)
     mean = probs.mean(0)
     total, expected = -(mean * mean.log()).sum(-1), -(probs * probs.log()).sum(-1).mean(0)
     torch.testing.assert_close(prediction.log_probs, mean.log(), atol=5e-6, rtol=1e-5)
@@ -428,8 +425,8 @@ def test_predict_is_the_spread_of_the_trajectories(batch):
         predict(model, batch, num_samples=2)
 
 
-def test_one_trajectory_knows_no_disagreement(batch):
-    model, _ = make()
+def test_one_sample_knows_no_disagreement(batch):
+    model, _ = model_and_prompts()
     prediction = predict(model, batch, num_samples=1)
     assert prediction.mutual_information.abs().max() < 1e-6 and prediction.variance.abs().max() < 1e-6
 
@@ -439,13 +436,13 @@ def test_one_trajectory_knows_no_disagreement(batch):
 
 @pytest.mark.parametrize("num_samples", [0, -1, 1.5, True, "8", None])
 def test_the_number_of_samples_is_checked(num_samples):
-    model, _ = make()
+    model, _ = model_and_prompts()
     with pytest.raises(ValueError, match=f"num_samples must be an integer of at least 1, got {num_samples!r}"):
         model.ensemble(num_samples).__enter__()
 
 
 def test_what_has_no_ensemble_is_refused():
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     with pytest.raises(ValueError, match=r"average must be one of \['prob', 'logit'\], got 'mean'"):
         model.ensemble(2, average="mean").__enter__()
     with pytest.raises(ValueError, match="seed must be an integer, got None"):
@@ -481,17 +478,17 @@ def test_what_has_no_ensemble_is_refused():
     ],
 )
 def test_unsupported_generation_is_refused(settings, message):
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     with model.ensemble(2), pytest.raises(ValueError, match=message):
         model.generate(input_ids=input_ids[:1], max_new_tokens=2, **settings)
 
 
 def test_what_would_draw_other_noise_is_refused(batch):
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     with torch.no_grad(), model.ensemble(2):
         model(input_ids=input_ids)
         with pytest.raises(RuntimeError, match="before the model's first forward pass began"):
-            model.base_model.model.model(input_ids=input_ids)  # the trunk by itself
+            model.get_base_model().model(input_ids=input_ids)  # the trunk by itself
         with pytest.raises(ValueError, match="in an ensemble, whose seed decides its noise"):
             model.sampling(seed=1).__enter__()
         packed = {"input_ids": input_ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
@@ -509,7 +506,7 @@ def test_what_would_draw_other_noise_is_refused(batch):
     with model.ensemble(2), pytest.raises(ValueError, match="adapter was changed within an ensemble"):
         model.set_adapter("upper")
         model(input_ids=input_ids)
-    mamba, input_ids = make("mamba")
+    mamba, input_ids = model_and_prompts("mamba")
     with mamba.ensemble(2), pytest.raises(ValueError, match="keeps cache_params, which tells no position"):
         mamba.generate(input_ids=input_ids, max_new_tokens=2)
     with mamba.ensemble(2):
@@ -517,7 +514,7 @@ def test_what_would_draw_other_noise_is_refused(batch):
 
 
 def test_inputs_that_cannot_be_repeated_are_refused(batch):
-    model, input_ids = make()
+    model, input_ids = model_and_prompts()
     with model.ensemble(2):
         for call in (model, partial(model.generate, max_new_tokens=2)):
             with pytest.raises(ValueError, match=r"prompt is empty, of shape \(4, 0\).*bos"):

@@ -6,14 +6,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM
 
-from dipnet_hf import DipConfig, dip_loss, get_dip_model, hidden_states
+from dipnet_hf import dip_loss, hidden_states
 from dipnet_hf.architecture import plain_head
 from dipnet_hf.hidden_states import HiddenStateCapture
 from dipnet_hf.late_expansion import LateExpansion
-from tests.test_recompute import checkpointed
-from tests.test_trainer import make_rows, make_trainer
+from tests.helpers import checkpointed, dip_model
 from tests.tiny_models import CAUSAL, NUM_LAYERS, build, make_batch
 
 # What changes logits after the head: a tanh, a factor, a divisor.
@@ -33,10 +31,10 @@ def set_logits(model):
     return model
 
 
-def make(name, **config):
-    model = set_logits(build(name)) if name in TRANSFORMED else build(name)
-    config = {"weights": "full", "init_noise_std": 0.3, "noise_scale": "absolute"} | config
-    return get_dip_model(model, DipConfig(**config)).train()
+def absolute_model(base="llama", **config):
+    """A DIP model that needs no calibration, in train mode."""
+    base = set_logits(build(base)) if base in TRANSFORMED else base
+    return dip_model(base, noise_scale="absolute", **config).train()
 
 
 def loss_and_gradients(model, batch):
@@ -70,21 +68,21 @@ def assert_equal_to_the_plain_path(model, batch, monkeypatch, expands_late=False
 @pytest.mark.parametrize("name", sorted({*CAUSAL, *TRANSFORMED}))
 @pytest.mark.parametrize("target", ["log_prob", "logits"])
 def test_architectures(name, target, monkeypatch):
-    model = make(name, num_samples=2, stability_loss_weight=0.2, stability_target=target)
+    model = absolute_model(name, num_samples=2, stability_loss_weight=0.2, stability_target=target)
     assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("sampling", ["pairs", "independent"])
 def test_architectures_with_the_upper_layers_projected(name, sampling, monkeypatch):
-    model = make(name, num_samples=4, sampling=sampling, layers_to_transform=list(range(1, NUM_LAYERS)))
+    model = absolute_model(name, num_samples=4, sampling=sampling, layers_to_transform=list(range(1, NUM_LAYERS)))
     # Falcon's layers are given position biases.
     assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch, expands_late=name != "falcon")
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_layers_with_the_upper_ones_projected(use_reentrant, monkeypatch):
-    model = make("llama", num_samples=2, layers_to_transform=[1, 2])
+    model = absolute_model("llama", num_samples=2, layers_to_transform=[1, 2])
     plain, plain_gradients = loss_and_gradients(model, make_batch("llama"))
     checkpointed(model.get_base_model(), {"use_reentrant": use_reentrant})
     recomputed, gradients = loss_and_gradients(model, make_batch("llama"))
@@ -94,7 +92,7 @@ def test_checkpointed_layers_with_the_upper_ones_projected(use_reentrant, monkey
 
 
 def test_lower_layers_run_on_one_copy_and_the_head_on_no_token():
-    model = make("llama", num_samples=4, layers_to_transform=[2])
+    model = absolute_model("llama", num_samples=4, layers_to_transform=[2])
     seen = []
     base = model.get_base_model()
     for layer in base.model.layers:
@@ -113,17 +111,17 @@ def test_tied_heads(tied, monkeypatch):
     if tied:
         base.config.tie_word_embeddings = True
         base.lm_head.weight = base.model.embed_tokens.weight
-    model = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.3)).train()
+    model = absolute_model(base)
     assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch)
 
 
 def test_noise_at_the_heads_own_input(monkeypatch):
-    model = make("llama", target_modules=["lm_head"], num_samples=2)
+    model = absolute_model("llama", target_modules=["lm_head"], num_samples=2)
     assert_equal_to_the_plain_path(model, make_batch("llama"), monkeypatch)
 
 
 def test_autocast(monkeypatch):
-    model, batch = make("llama", num_samples=2), make_batch("llama")
+    model, batch = absolute_model("llama", num_samples=2), make_batch("llama")
     dtypes = []
     output_head = hidden_states.output_head
     monkeypatch.setattr(
@@ -146,7 +144,7 @@ def test_other_logits_are_left_whole_and_a_warning_says_so():
     base = build("llama")
     forward = base.forward
     base.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), setattr(out, "logits", out.logits**3))[0]
-    model = get_dip_model(base, DipConfig(noise_scale="absolute", init_noise_std=0.05, weights="full")).train()
+    model = absolute_model(base, init_noise_std=0.05)
     batch = make_batch("llama")
     with pytest.warns(UserWarning, match="logits of LlamaForCausalLM are not the plain output of its head"):
         first = dip_loss(model.train(), batch)
@@ -173,13 +171,13 @@ def test_masked_and_rescaled_logits_are_noticed(change, dtype):
     base = build("llama").to(dtype)
     forward = base.forward
     base.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), change(out.logits))[0]
-    model = get_dip_model(base, DipConfig(noise_scale="absolute", init_noise_std=0.05, weights="full")).train()
+    model = absolute_model(base, init_noise_std=0.05)
     with pytest.warns(UserWarning, match="not the plain output of its head"):
-        assert not model.base_model.hidden_state_capture.probe().logits_are_plain
+        assert not model.hidden_state_capture.probe().logits_are_plain
 
 
 def test_a_head_that_changes_is_probed_again():
-    model, batch = make("llama"), make_batch("llama")
+    model, batch = absolute_model("llama"), make_batch("llama")
     dip_loss(model, batch)
     head = model.get_base_model().lm_head
     forward = head.forward
@@ -199,7 +197,7 @@ def test_a_head_that_is_called_twice_is_not_taken_for_one():
     base = build("llama")
     forward = base.forward
     base.forward = lambda *args, **kwargs: (forward(*args, **kwargs), base.lm_head(torch.ones(1, 2, 32)))[0]
-    model = get_dip_model(base, DipConfig(noise_scale="absolute", init_noise_std=0.05, weights="full")).train()
+    model = absolute_model(base, init_noise_std=0.05)
     with pytest.warns(UserWarning, match="not the plain output of its head"):
         dip_loss(model, make_batch("llama"))
 
@@ -218,26 +216,25 @@ def test_only_hidden_states_of_the_batch_are_captured():
     assert torch.equal(head.logits(hidden), base(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("change", ["meta", "hook", "class", "shape"])
-def test_a_head_that_is_not_a_plain_linear_layer_is_left_alone(change):
+def test_a_second_use_of_the_head_in_one_pass_is_left_alone():
+    """As by a part of the model that did not run when the model was probed."""
     base = build("llama")
-    head = base.lm_head
-    if change == "meta":
-        head.to("meta")
-    elif change == "hook":
-        head.register_forward_hook(lambda module, args, output: 2 * output)
-    elif change == "class":
-        base.lm_head = type("OtherLinear", (nn.Linear,), {})(32, 64, bias=False)
-    else:
-        head.weight = nn.Parameter(torch.zeros(0))  # as sharded by DeepSpeed
-    assert plain_head(base) is None and plain_head(build("llama")) is not None
+    capture = HiddenStateCapture(base, without_noise=contextlib.nullcontext)
+    assert capture.probe().logits_are_plain
+    ids, others = torch.arange(12).view(2, 6), torch.randn(2, 6, 32)
+    with capture.capturing(torch.Size([2, 6])):
+        base(input_ids=ids)
+        second = base.lm_head(others)
+        hidden, head = capture.pop()
+    assert torch.equal(second, base.lm_head(others))
+    assert torch.equal(head.logits(hidden), base(input_ids=ids).logits)
 
 
 def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
     from peft import LoraConfig
 
     lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    model = make("llama", weights=lora)
+    model = absolute_model("llama", weights=lora)
     assert plain_head(model.get_base_model()) is None
     result, gradients = loss_and_gradients(model, make_batch("llama"))
     assert any("lm_head.lora_B" in name and gradient.abs().sum() > 0 for name, gradient in gradients.items())
@@ -246,7 +243,7 @@ def test_an_adapter_on_the_head_is_not_bypassed(monkeypatch):
 def test_the_probe_leaves_the_random_state_alone():
     base = build("gpt2")
     base.transformer.drop.p = 0.5
-    model = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.05)).train()
+    model = absolute_model(base, init_noise_std=0.05)
     batch = make_batch("llama")
     torch.manual_seed(3)
     first = dip_loss(model, batch).loss
@@ -254,64 +251,10 @@ def test_the_probe_leaves_the_random_state_alone():
     assert torch.equal(dip_loss(model, batch).loss, first)
 
 
-def test_the_trainer_keeps_a_loss_function_that_was_set(tmp_path):
-    model = make("llama", init_noise_std=0.0, prior_weight=0.0)
-    base = model.get_base_model()
-    plain = base.loss_function
-    base.loss_function = lambda **kwargs: 3 * plain(**kwargs)
-    trainer = make_trainer(model, make_rows(), tmp_path, max_steps=1)
-    trainer.train()
-    tripled = trainer.state.log_history[0]["nll"]
-    assert 3 * 3.5 < tripled < 3 * 5  # ln 64 = 4.16
-
-
 def test_a_small_penalty_in_the_models_loss_is_noticed():
     base = build("llama")
-    tuner = get_dip_model(base, DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.05)).base_model
-    assert tuner.hidden_state_capture.probe().loss_is_plain
+    capture = HiddenStateCapture(base, without_noise=contextlib.nullcontext)
+    assert capture.probe().loss_is_plain
     plain = base.loss_function
     base.loss_function = lambda logits, **kwargs: plain(logits, **kwargs) + 1e-4 * logits.logsumexp(-1).square().mean()
-    assert not tuner.hidden_state_capture.probe().loss_is_plain
-
-
-class AddsToItsLoss(LlamaForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
-        if outputs.loss is not None:
-            outputs.loss = outputs.loss + 10
-        return outputs
-
-
-class HasALossOfItsOwn(LlamaForCausalLM):
-    @property
-    def loss_function(self):
-        return lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
-
-
-def bart():
-    """Its labels are not those of the next token: it does not shift them."""
-    config = BartConfig(
-        **{"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
-        **{"dropout": 0.0, "attention_dropout": 0.0, "is_decoder": True, "is_encoder_decoder": False},
-    )
-    return BartForCausalLM(config)
-
-
-@pytest.mark.parametrize(
-    "make_base", [lambda: AddsToItsLoss(build("llama").config), lambda: HasALossOfItsOwn(build("llama").config), bart]
-)
-def test_the_trainer_keeps_a_loss_that_is_not_the_plain_one(make_base, tmp_path):
-    torch.manual_seed(0)
-    base = make_base()
-    config = DipConfig(weights="full", noise_scale="absolute", init_noise_std=0.0, target_modules=r".*layers\.\d+")
-    trainer = make_trainer(get_dip_model(base, config), make_rows(), tmp_path, max_steps=1, learning_rate=0.0)
-    assert not trainer.model.base_model.hidden_state_capture.probe().loss_is_plain
-    seen = []
-    trainer.model.get_base_model().register_forward_hook(
-        lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True
-    )
-    trainer.train()
-    inputs = {name: seen[-1][name] for name in ("input_ids", "attention_mask", "labels")}
-    with torch.no_grad():
-        expected = trainer.model.eval()(**inputs).loss.item()
-    assert trainer.state.log_history[0]["nll"] == pytest.approx(expected, rel=1e-5)
+    assert not capture.probe().loss_is_plain

@@ -5,6 +5,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,13 +53,11 @@ TABLE = {
     "calibration_loss": Row(ours="architecture batches data_loss hidden_states scale", others="accelerate torch"),
     "calibration": Row(ours="calibration_loss config projection scale", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
-    "passes": Row(ours="draws late_expansion noise projection", others="torch"),
-    "ensemble": Row(
-        ours="architecture draws late_expansion noise passes projection uncertainty", others="peft torch transformers"
-    ),
+    "passes": Row(ours="draws late_expansion noise"),
+    "ensemble": Row(ours="architecture draws late_expansion noise uncertainty", others="peft torch transformers"),
     "model": Row(
-        ours="architecture calibration calibration_loss config draws ensemble hidden_states late_expansion objective "
-        "passes projection sites weights",
+        ours="architecture calibration calibration_loss config draws ensemble hidden_states late_expansion noise "
+        "objective passes projection sites weights",
         others="peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),
@@ -200,6 +199,21 @@ def test_violations_are_reported():
         "a.py:2 imports model, which its row in TABLE does not allow",
         "a.py:2 imports kernels, which its row in TABLE allows only inside a function",
     ]
+
+
+def test_every_file_of_the_library_has_a_test_file_of_its_stem():
+    """One folder's tests may lie in one file."""
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    names = {stem.split("/")[0] for stem in STEMS} - {"__init__"}
+    assert {f"test_{name}" for name in names} <= tests
+
+
+def test_what_several_tests_need_is_in_no_test_file():
+    """It is in `helpers`, in `tiny_models` or in a `conftest`."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not re.search(r"\btests\b.*\btest_", ast.unparse(node)), f"{path.name}:{node.lineno}"
 
 
 # Runs in a fresh interpreter. PEFT's own imports do not count: it loads bitsandbytes, and that loads triton on CUDA.

@@ -24,6 +24,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 @pytest.fixture(autouse=True)
 def the_operator_uses_the_kernels(monkeypatch):
+    """On a CPU it never chooses them by itself: Triton's interpreter is for tests."""
     monkeypatch.setattr(noise, "_kernels", lambda x, channel_dim: kernels)
 
 

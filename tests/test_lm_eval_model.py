@@ -152,12 +152,12 @@ def test_loading_and_batching_do_not_change_an_ensemble(saved, dip, kind):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=1e-5)
 
 
-def test_in_a_vote_the_jth_repeat_is_of_trajectory_j(dip):
+def test_in_a_vote_the_jth_repeat_is_of_sample_j(dip):
     voted = answer(in_memory(dip, num_samples=3, average="vote", seed=5), "generate_until", repeats=3)
     stock = HFLM(pretrained=dip.model, tokenizer=dip.tokenizer, batch_size=1)
-    for trajectory in range(3):
-        with dip.model.ensemble(1, seed=int(fold_in(torch.tensor(5), trajectory))):
-            assert voted[trajectory::3] == answer(stock, "generate_until")
+    for sample in range(3):
+        with dip.model.ensemble(1, seed=int(fold_in(torch.tensor(5), sample))):
+            assert voted[sample::3] == answer(stock, "generate_until")
     assert len(set(voted)) > len(QUESTIONS)
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_generated_is_refused(dip, num_samples):
         answer(lm, "generate_until", gen_kwargs=too_many)
 
 
-def test_a_vote_needs_as_many_repeats_as_trajectories(dip):
+def test_a_vote_needs_as_many_repeats_as_samples(dip):
     lm = in_memory(dip, num_samples=3, average="vote")
     with pytest.raises(ValueError, match="num_samples=3 samples .* repeats each 1 times. Use eval/run.py, or set"):
         answer(lm, "generate_until")

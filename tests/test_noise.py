@@ -1,11 +1,13 @@
-"""The operator of eq. (1): statistics of the draws, gradients, memory, keys."""
+"""The operator of eq. (1): statistics of the draws, gradients, memory, keys. Noise by position, by definition."""
 
 import math
+import pickle
 
 import pytest
 import torch
 
-from dipnet_hf.noise import draw_noise, fold_in, new_key, project
+from dipnet_hf.noise import BLOCK_LENGTH, PositionNoise, draw_noise, fold_in, locate, new_key, project
+from tests.helpers import noise_by_definition
 
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 64, 33)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -189,3 +191,60 @@ def test_the_operators_are_registered_soundly():
     args = (x, logvar, torch.tensor(0.5), key(3), True, -1)
     torch.library.opcheck(torch.ops.dipnet_hf.project.default, args)
     torch.library.opcheck(torch.ops.dipnet_hf.fold_in.default, (key(3), torch.arange(4)))
+
+
+# ---- noise by position ----
+
+
+def position_noise(num_samples=4, first=0, length=200, size=16, key=0):
+    noise = PositionNoise(torch.tensor(key), num_samples)
+    return noise.at(locate(torch.arange(first, first + length)[None], torch.device("cpu")), size, torch.device("cpu"))
+
+
+def test_position_noise_is_standard_normal_and_independent():
+    eps = position_noise(num_samples=8, length=4096)[:, 0]
+    n = eps.numel()
+    assert abs(eps.mean()) < 5 / math.sqrt(n)
+    assert abs(eps.var() - 1) < 5 * math.sqrt(2 / n)
+    assert abs(eps.pow(4).mean() - 3) < 5 * math.sqrt(96 / n)
+    for dim in range(3):  # samples, positions, channels
+        neighbours = eps.narrow(dim, 1, eps.shape[dim] - 1) * eps.narrow(dim, 0, eps.shape[dim] - 1)
+        assert abs(neighbours.mean()) < 5 / math.sqrt(neighbours.numel())
+    blocks = eps[:, :-BLOCK_LENGTH] * eps[:, BLOCK_LENGTH:]
+    assert abs(blocks.mean()) < 5 / math.sqrt(blocks.numel())
+    assert abs((eps * position_noise(num_samples=8, length=4096, key=1)[:, 0]).mean()) < 5 / math.sqrt(n)
+
+
+def test_a_samples_noise_does_not_depend_on_the_others_nor_on_the_way_there():
+    whole = position_noise(num_samples=8)
+    assert torch.equal(position_noise(num_samples=3), whole[:3])
+    assert torch.equal(position_noise(first=70, length=50), whole[:4, :, 70:120])
+    noise, cpu = PositionNoise(torch.tensor(0), 4), torch.device("cpu")
+    steps = [noise.at(locate(torch.tensor([[t]]), cpu), 16, cpu) for t in range(200)]
+    assert torch.equal(torch.cat(steps, dim=2), whole[:4])
+    rows = torch.tensor([[0, 0, 1, 2], [150, 151, 152, 153], [31, 32, 33, 64]])
+    assert torch.equal(noise.at(locate(rows, cpu), 16, cpu), whole[:4, 0][:, rows])
+
+
+def test_position_noise_by_definition():
+    expected = torch.stack([noise_by_definition(7, 3, 1, t, 16) for t in range(200)])
+    noise = PositionNoise(fold_in(torch.tensor(7), 3), 2)
+    cpu = torch.device("cpu")
+    assert torch.equal(noise.at(locate(torch.arange(200)[None], cpu), 16, cpu)[1, 0], expected)
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 5, 40]], ids=["one place", "rows at different places"])
+def test_the_memory_of_noise_by_position_does_not_grow_with_the_text(starts):
+    noise, cpu = PositionNoise(key(), 2), torch.device("cpu")
+    sizes = []
+    for step in range(6 * BLOCK_LENGTH):
+        noise.at(locate(torch.tensor(starts)[:, None] + step, cpu), 16, cpu)
+        sizes.append(len(pickle.dumps(noise)))
+    block_bytes = 2 * BLOCK_LENGTH * 16 * 4
+    assert block_bytes < max(sizes) < (len(starts) + 0.5) * block_bytes
+
+
+def test_noise_by_position_keeps_no_more_of_a_prompt_than_its_end():
+    noise, cpu = PositionNoise(key(), 2), torch.device("cpu")
+    noise.at(locate(torch.arange(6 * BLOCK_LENGTH)[None], cpu), 16, cpu)
+    assert len(pickle.dumps(noise)) < 1.5 * 2 * BLOCK_LENGTH * 16 * 4

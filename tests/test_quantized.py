@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.projection import DipProjection
+from tests.helpers import logits
 from tests.tiny_models import CAUSAL, NUM_LAYERS, build, make_batch
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantized models need bitsandbytes")
@@ -55,14 +56,6 @@ def make_config(weights, target_sites):
     if weights == "lora":
         weights = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     return DipConfig(weights=weights, target_sites=target_sites, init_noise_std=0.1)
-
-
-def logits(model, batch, seed=None):
-    with torch.no_grad():
-        if seed is None:
-            return model(**batch).logits
-        with model.sampling(seed):
-            return model(**batch).logits
 
 
 @pytest.mark.parametrize("target_sites", ["decoder_layer", "linear"])

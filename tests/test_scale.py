@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import T5Config, T5ForConditionalGeneration
 
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from dipnet_hf import scale as scale_module
 from dipnet_hf.scale import TokenSample, channel_scale, tokens_of
-from tests.tiny_models import build, build_with_outliers, make_batch, make_outlier_batch, site_inputs
+from tests.helpers import projections, site_inputs
+from tests.tiny_models import build, build_with_outliers, make_batch, make_outlier_batch
 
 NORMAL_STD = 1.482602218505602  # 1 / the third quartile of a standard normal
 
@@ -61,6 +63,30 @@ def test_every_channel_of_every_site_is_measured_on_the_base_model(target_sites,
     assert dip_loss(model, other).loss.isfinite()
 
 
+def test_a_decoders_padding_is_its_own_and_an_encoders_too():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
+    config.decoder_start_token_id = 0
+    batch = {"input_ids": torch.randint(2, 20, (16, 12)), "labels": torch.randint(2, 20, (16, 7))}
+    batch["attention_mask"] = (torch.arange(12) < torch.arange(2, 10).repeat(2)[:, None]).long()
+    batch["labels"][:, 4:] = -100
+    names = ["encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q"]
+    names.append("decoder.block.1.layer.1.EncDecAttention.k")  # reads what the encoder wrote
+    masks = [batch["attention_mask"].bool(), batch["labels"] != -100, batch["attention_mask"].bool()]
+    model = get_dip_model(
+        T5ForConditionalGeneration(config), DipConfig(weights="frozen", target_modules=names, init_noise_std=0.1)
+    ).eval()
+    inputs = {}
+    for name in names:
+        model.get_base_model().get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs.setdefault(name, args[0])
+        )
+    model.calibrate([batch])
+    for name, mask in zip(names, masks, strict=True):
+        scale = model.get_base_model().get_submodule(name).dip_projection.scale
+        torch.testing.assert_close(scale, channel_scale(inputs[name][mask]))
+
+
 def test_an_embedding_is_measured_at_its_output():
     model = get_dip_model(build("llama"), DipConfig(weights="frozen", target_sites="embedding", init_noise_std=0.05))
     batch = make_batch("llama")
@@ -102,33 +128,80 @@ def test_tokens_are_found_wherever_rows_and_length_are():
 
 
 def test_a_sample_of_tokens_is_uniform_and_bounded():
-    counts = torch.zeros(100)
-    for offset in range(200):
-        sample = TokenSample(10)
-        sample._generator.manual_seed(offset)
-        for part in torch.arange(100.0).view(-1, 1).split([1, 49, 30, 20]):
-            sample.add(part)
-        kept = sample.gather(1, torch.device("cpu"))
-        assert kept.shape == (10, 1) and len(kept.unique()) == 10
-        counts[kept.long().flatten()] += 1
-    # Each token is kept with probability 0.1.
-    assert ((counts - 20).abs() < 5 * math.sqrt(200 * 0.1 * 0.9)).all()
+    sample = TokenSample(10_000)
+    for part in torch.arange(100_000.0).view(-1, 1).split([1, 49_000, 30_000, 20_999]):
+        sample.add(part)
+    kept = sample.gather(1, torch.device("cpu"))
+    assert kept.shape == (10_000, 1) and len(kept.unique()) == 10_000
+    # Each token is kept with probability 0.1: of every thousand neighbours a hundred.
+    counts = kept.long().flatten().div(1000, rounding_mode="floor").bincount()
+    assert len(counts) == 100 and ((counts - 100).abs() < 5 * math.sqrt(1000 * 0.1 * 0.9)).all()
 
 
 def test_many_tokens_keep_the_memory_of_a_sample(monkeypatch):
     batches = [make_outlier_batch(num_rows=32, seed=seed) for seed in range(4)]
     config = DipConfig(weights="frozen", init_noise_std=0.1)
+    # The limits are no setting: without other ones it would take more tokens than a test has.
     monkeypatch.setattr(scale_module, "_MAX_TOKENS", 10_000)
     whole = get_dip_model(build_with_outliers(), config, calibration=batches)
     kept = []
-    monkeypatch.setattr(scale_module, "_check_tokens", lambda name, tokens: kept.append(len(tokens)))
+
+    def count_tokens(tokens_ND):
+        kept.append(len(tokens_ND))
+        return channel_scale(tokens_ND)
+
+    monkeypatch.setattr(scale_module, "channel_scale", count_tokens)
     monkeypatch.setattr(scale_module, "_MAX_TOKENS", 256)
     sampled = get_dip_model(build_with_outliers(), config, calibration=batches)
     assert kept == [256] * 3
     for ours, theirs in zip(
-        sampled.base_model._projections, whole.base_model._projections, strict=True
+        projections(sampled).values(), projections(whole).values(), strict=True
     ):  # within five standard errors
         assert ((ours.scale / theirs.scale - 1).abs() < 5 * math.sqrt(1.36 / 256)).all()
     monkeypatch.setattr(scale_module, "_MAX_VALUES", 3 * 32 * 200)
     get_dip_model(build_with_outliers(), config, calibration=batches)
     assert kept[-1] == 200
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_input_that_is_not_finite_is_named(value):
+    model = get_dip_model(build("llama"), DipConfig(weights="frozen", init_noise_std=0.1))
+    model.get_base_model().model.embed_tokens.weight.data.fill_(value)
+    with pytest.raises(ValueError, match=r"site 'model\.layers\.0' is not finite"):
+        model.calibrate([make_batch("llama")])
+    assert model.needs_calibration
+
+
+def test_an_input_of_another_width_is_named():
+    model = build_with_outliers()
+    model.model.layers[1].mlp = torch.nn.Sequential(
+        torch.nn.Linear(32, 48), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(48, 32))
+    )
+    config = DipConfig(weights="frozen", target_modules=r".*mlp\.1$", granularity="layer", init_noise_std=0.1)
+    with pytest.raises(
+        ValueError, match=r"'model\.layers\.1\.mlp\.1' should have 32 channels along dimension -1.*48\)"
+    ):
+        get_dip_model(model, config, calibration=[make_outlier_batch()])
+
+
+def test_a_site_whose_channels_are_all_constant_is_named():
+    model = build("llama")
+    model.model.embed_tokens.weight.data.fill_(1.0)
+    with pytest.raises(ValueError, match=r"one value in every channel of the input of site 'model\.layers\.0'"):
+        get_dip_model(model, DipConfig(weights="frozen", init_noise_std=0.1), calibration=[make_batch("llama")])
+
+
+def test_a_site_that_never_ran_is_named():
+    model = build_with_outliers()
+    model.model.unused = torch.nn.Linear(32, 32)
+    config = DipConfig(weights="frozen", target_modules=["unused", "q_proj"], init_noise_std=0.1)
+    with pytest.raises(ValueError, match=r"Site 'model\.unused' never ran in the calibration"):
+        get_dip_model(model, config, calibration=[make_outlier_batch()])
+
+
+def test_few_tokens_are_warned_of():
+    with pytest.warns(UserWarning, match="calibrated on 31 tokens without padding.*at least 64"):
+        get_dip_model(build_with_outliers(), DipConfig(weights="frozen"), calibration=[make_outlier_batch(num_rows=2)])

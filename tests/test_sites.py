@@ -5,11 +5,13 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.config import TARGET_SITES
 from dipnet_hf.sites import find_sites
+from tests.helpers import projections, record
 from tests.tiny_models import ARCHITECTURES, CAUSAL, HIDDEN_SIZE, NUM_LAYERS, build, make_batch
 
 STD = 0.1
@@ -18,33 +20,6 @@ STAGES = "resnet.encoder.stages"
 
 def dip_config(**fields):
     return DipConfig(**{"weights": "frozen", "noise_scale": "absolute", "init_noise_std": STD} | fields)
-
-
-def projections(model):
-    """The sites' modules by name, as they stand in the model."""
-    suffix = ".dip_projection"
-    return {
-        name.removesuffix(suffix): module
-        for name, module in model.get_base_model().named_modules()
-        if name.endswith(suffix)
-    }
-
-
-def record(model, names, at_output=False):
-    """Keep what the named modules of `model` take in (or give out) in every forward: a dictionary of lists."""
-    seen = {name: [] for name in names}
-    for name in names:
-        module = model.get_submodule(name)
-        if at_output:
-            module.register_forward_hook(lambda module, args, output, name=name: seen[name].append(output))
-        else:
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: seen[name].append(
-                    args[0] if args else kwargs["hidden_states"]
-                ),
-                with_kwargs=True,
-            )
-    return seen
 
 
 def split_layers(pattern):
@@ -141,6 +116,12 @@ def test_named_modules(name, fields, expected):
     model(**batch).loss.backward()
     for projection in sites.values():
         assert projection.dip_logvar["default"].grad.count_nonzero() > 0
+
+
+def test_sites_of_an_asymmetric_encoder_decoder_are_in_the_decoder():
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2)
+    model = get_dip_model(T5ForConditionalGeneration(config), DipConfig(weights="frozen"))
+    assert [row["name"] for row in model.noise_summary()] == [f"decoder.block.{i}" for i in range(3)]
 
 
 def test_channels_of_a_convolution_are_dimension_one():

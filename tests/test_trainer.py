@@ -1,26 +1,17 @@
 """The objective inside transformers' Trainer: accumulation, optimizer groups, logs, calibration, resuming."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
-from dipnet_hf import DipConfig, DipTrainer, DipTrainerMixin, dip_loss, get_dip_model
+from dipnet_hf import DipTrainer, DipTrainerMixin, dip_loss
 from dipnet_hf.trainer import share_level
+from tests.helpers import collate, dip_model, losses, make_rows, make_trainer, projections
 from tests.tiny_models import build
-
-
-def make_rows():
-    """Sixteen sequences of 5 to 12 tokens, the first three of each a prompt."""
-    generator = torch.Generator().manual_seed(0)
-    data = []
-    for i in range(16):
-        ids = torch.randint(3, 60, (5 + i % 8,), generator=generator).tolist()
-        data.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]})
-    return Dataset.from_list(data)
 
 
 @pytest.fixture
@@ -28,41 +19,18 @@ def rows():
     return make_rows()
 
 
-def collate(rows):
-    length = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {k: torch.tensor([row[k] + [v] * (length - len(row[k])) for row in rows]) for k, v in fill.items()}
-
-
-def dip_model(calibration=None, **config):
-    config = {"weights": "full", "init_noise_std": 0.3} | config
-    torch.manual_seed(0)
-    return get_dip_model(build("llama"), DipConfig(**config), calibration)
-
-
-def make_trainer(model, rows, tmp_path, trainer_class=DipTrainer, **arguments):
-    arguments = {"per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3} | arguments
-    defaults = dict(use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
-    arguments = TrainingArguments(output_dir=str(tmp_path), **{**defaults, **arguments})
-    return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 class FixedNoise(DipTrainerMixin, Trainer):
     """Every row gets noise that depends on its tokens alone, so that batches can be split without changing it."""
 
-    def _data_loss(self, model, inputs, num_items_in_batch):
-        for projection in (m for m in model.modules() if type(m).__name__ == "DipProjection"):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        for projection in projections(self.model).values():
             projection.forward = lambda x, p=projection: self.noisy(p, x, inputs["input_ids"])
-        return super()._data_loss(model, inputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def noisy(self, projection, x, input_ids):
-        samples = self._tuner().active_dip_config.num_samples
-        sign = torch.linspace(-1, 1, samples).repeat_interleave(len(x) // samples)[:, None, None]
-        eps = torch.sin(input_ids[..., None] * torch.arange(1, x.shape[-1] + 1)) * sign
+        samples = len(x) // len(input_ids)
+        sign = torch.linspace(-1, 1, samples).repeat_interleave(len(input_ids))[:, None, None]
+        eps = torch.sin(input_ids.repeat(samples, 1)[..., None] * torch.arange(1, x.shape[-1] + 1)) * sign
         return x + projection.dip_scale["default"] * torch.exp(projection.dip_logvar["default"] / 2) * eps
 
 
@@ -75,7 +43,7 @@ def test_eight_steps_of_one_row_weigh_as_one_step_of_eight_rows(rows, tmp_path, 
     for batch_size, steps in [(8, 1), (1, 8)]:
         config = dict(num_samples=2, stability_loss_weight=0.5, stability_target=target)
         config |= dict(init_noise_std=0.0, prior_weight=0.0) if noise_off else {}
-        model = dip_model([collate(list(rows))], **config)
+        model = dip_model(calibration=[collate(list(rows))], **config)
         trainer = make_trainer(
             model,
             rows,
@@ -99,7 +67,7 @@ def test_eight_steps_of_one_row_weigh_as_one_step_of_eight_rows(rows, tmp_path, 
 
 @pytest.mark.parametrize("config", [{}, dict(num_samples=2, stability_loss_weight=0.3)], ids=str)
 def test_the_trainer_computes_dip_loss(rows, tmp_path, config):
-    model = dip_model([collate(list(rows))], **config)
+    model = dip_model(calibration=[collate(list(rows))], **config)
     trainer = make_trainer(copy.deepcopy(model), rows, tmp_path, per_device_train_batch_size=16, max_steps=1)
     seen = {}
 
@@ -165,10 +133,30 @@ def test_a_step_takes_what_channels_share(rows, tmp_path):
         torch.testing.assert_close(logvar.detach(), start - step)
 
 
+def test_an_optimizer_of_ones_own_is_left_as_it_is(rows, tmp_path):
+    model = dip_model(calibration=[collate(list(rows))])
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    gradients = []
+
+    class Spy(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            gradients.extend(parameter.grad.clone() for parameter in model.parameters())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    trainer_class = partial(DipTrainer, optimizers=(optimizer, None))
+    trainer = make_trainer(model, rows, tmp_path, trainer_class, max_steps=1, lr_scheduler_type="constant")
+    trainer.add_callback(Spy())
+    trainer.train()
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.5 and len(group["params"]) == len(before)
+    for parameter, start, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), start - 0.5 * gradient)  # no level is shared
+
+
 def test_calibrates_from_its_own_data_and_leaves_the_random_state(rows, tmp_path):
     runs = []
     for calibrated in (False, True):
-        model = dip_model([collate(list(rows))] if calibrated else None)
+        model = dip_model(calibration=[collate(list(rows))] if calibrated else None)
         trainer = make_trainer(model, rows, tmp_path, max_steps=1)
         trainer.train()
         runs.append((model.noise_summary(), trainer))
@@ -177,6 +165,36 @@ def test_calibrates_from_its_own_data_and_leaves_the_random_state(rows, tmp_path
         assert ours["scale"] == pytest.approx(theirs["scale"], rel=1e-5)
     # So its first step draws the same noise on the same rows.
     assert losses(runs[0][1]) == pytest.approx(losses(runs[1][1]), rel=1e-5)
+
+
+def test_calibrates_in_the_precision_of_training(rows, tmp_path):
+    model = dip_model()
+    dtypes = {True: set(), False: set()}  # before it is calibrated, and after
+    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, args, output: dtypes[model.needs_calibration].add(output.dtype)
+    )
+    make_trainer(model, rows, tmp_path, bf16=True, max_steps=1).train()
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+
+
+def test_the_loader_that_calibration_leaves_early_does_not_count_as_being_read(rows, tmp_path):
+    loaders, being_read = [], []
+
+    class Spy(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            being_read.extend(trainer.accelerator.gradient_state.dataloader_references)
+
+    class Recorded(DipTrainer):
+        def get_train_dataloader(self):
+            loaders.append(super().get_train_dataloader())
+            return loaders[-1]
+
+    trainer = make_trainer(dip_model(), rows, tmp_path, Recorded, per_device_train_batch_size=1, max_steps=1)
+    trainer.add_callback(Spy())
+    trainer.train()
+    calibration_loader, training_loader = loaders
+    assert len(calibration_loader) == 16  # calibration takes eight
+    assert being_read and not any(loader is calibration_loader for loader in being_read)
 
 
 def test_evaluation_is_noise_off_and_plain(rows, tmp_path):
@@ -238,6 +256,60 @@ def test_the_section_of_the_model_card_survives_the_trainers_own_card(rows, tmp_
     trainer.save_model()
     trainer.create_model_card()
     assert "import dipnet_hf" in (tmp_path / "README.md").read_text()
+
+
+def test_the_trainer_keeps_a_loss_function_that_was_set(rows, tmp_path):
+    model = dip_model(noise_scale="absolute", init_noise_std=0.0, prior_weight=0.0)
+    base = model.get_base_model()
+    plain = base.loss_function
+    base.loss_function = lambda **kwargs: 3 * plain(**kwargs)
+    trainer = make_trainer(model, rows, tmp_path, max_steps=1)
+    trainer.train()
+    tripled = trainer.state.log_history[0]["nll"]
+    assert 3 * 3.5 < tripled < 3 * 5  # ln 64 = 4.16
+
+
+class AddsToItsLoss(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + 10
+        return outputs
+
+
+class HasALossOfItsOwn(LlamaForCausalLM):
+    @property
+    def loss_function(self):
+        return lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
+
+
+def bart():
+    """Its labels are not those of the next token: it does not shift them."""
+    config = BartConfig(
+        **{"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+        **{"dropout": 0.0, "attention_dropout": 0.0, "is_decoder": True, "is_encoder_decoder": False},
+    )
+    return BartForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "make_base", [lambda: AddsToItsLoss(build("llama").config), lambda: HasALossOfItsOwn(build("llama").config), bart]
+)
+def test_the_trainer_keeps_a_loss_that_is_not_the_plain_one(make_base, rows, tmp_path):
+    torch.manual_seed(0)
+    base = make_base()
+    model = dip_model(base, noise_scale="absolute", init_noise_std=0.0, target_modules=r".*layers\.\d+")
+    trainer = make_trainer(model, rows, tmp_path, max_steps=1, learning_rate=0.0)
+    assert not trainer.model.hidden_state_capture.probe().loss_is_plain
+    seen = []
+    trainer.model.get_base_model().register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs), with_kwargs=True
+    )
+    trainer.train()
+    inputs = {name: seen[-1][name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).loss.item()
+    assert trainer.state.log_history[0]["nll"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_without_the_adapter_is_refused(rows, tmp_path):

@@ -142,22 +142,3 @@ def make_batch(name: str, num_rows: int = 4) -> dict[str, torch.Tensor]:
         "pixel_values": torch.randn(num_rows, 3, size, size, generator=generator),
         "labels": torch.randint(NUM_CLASSES, (num_rows,), generator=generator),
     }
-
-
-def site_inputs(model, names, batches):
-    """What enters each site without noise, padding left out: `(N, D)` by name."""
-    kept = {name: [] for name in names}
-    for name in names:
-        module = model.get_submodule(name)
-        mask = [None]
-
-        def keep(module, args, kwargs, name=name, mask=mask):
-            kept[name].append((args[0] if args else kwargs["hidden_states"])[mask[0]])
-
-        hook = module.register_forward_pre_hook(keep, with_kwargs=True)
-        for batch in batches:
-            mask[0] = batch["attention_mask"].bool()
-            with torch.no_grad():
-                model(**batch)
-        hook.remove()
-    return {name: torch.cat(values) for name, values in kept.items()}

@@ -3,12 +3,10 @@
 import json
 import math
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.filters.selection import MajorityVoteFilter
@@ -23,6 +21,7 @@ from eval.run import main, set_repeats
 from eval.scoring import score
 from recipes.tiny_model import tiny_llama, train_tokenizer
 from recipes.word_problems import generate_splits
+from tests.helpers import run_in_two_processes, write_jsonl
 
 PROBLEMS = generate_splits(0, {"test": 5})["test"]
 OPTIONS = [f"{letter}){number}" for letter, number in zip("ABC", (1, 25, 3333))]
@@ -47,12 +46,12 @@ def folder(tmp_path_factory):
     weights = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = get_dip_model(model, DipConfig(weights=weights, init_noise_std=0.3), calibration=[batch])
     model.save_pretrained(folder / "adapter")
-    write_lines(folder / "words.jsonl", PROBLEMS)
+    write_jsonl(folder / "words.jsonl", PROBLEMS)
     rows = [
         {"question": problem["question"], "options": OPTIONS, "correct": "ABC"[number % 3]}
         for number, problem in enumerate(PROBLEMS)
     ]
-    write_lines(folder / "aqua.json", rows)
+    write_jsonl(folder / "aqua.json", rows)
     return folder
 
 
@@ -61,10 +60,6 @@ def quiet(tmp_path, monkeypatch):
     """Keep the cache of `datasets` out of the home folder, and spare the seconds that describing the machine takes."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def command(folder, output, *more, model_args=(), tasks="word_problems,aqua_rat_local"):
@@ -85,7 +80,7 @@ def command(folder, output, *more, model_args=(), tasks="word_problems,aqua_rat_
     ]
 
 
-def read(output):
+def read_output(output):
     """Read the results, and the samples by task."""
     (results,) = output.glob("*/results_*.json")
     samples = {
@@ -125,7 +120,7 @@ def tokenizer(folder):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_writes_results_samples_and_provenance(outputs, folder, mode):
-    results, samples = read(outputs[mode])
+    results, samples = read_output(outputs[mode])
     assert results["n-samples"]["word_problems"]["effective"] == len(PROBLEMS)
     assert set(results["calibration"]["word_problems"]) == {"strict-match", "flexible-extract"}
     assert set(results["calibration"]["aqua_rat_local"]) == {"none"}
@@ -142,7 +137,7 @@ def test_every_mode_writes_results_samples_and_provenance(outputs, folder, mode)
 
 
 def test_noise_off_scores_are_those_of_scoring(outputs, folder, model, tokenizer):
-    results, _ = read(outputs["noise-off"])
+    results, _ = read_output(outputs["noise-off"])
     files = {"word_problems": str(folder / "words.jsonl"), "aqua_rat_local": str(folder / "aqua.json")}
     for task, numbers in score(model, tokenizer, files, batch_size=2, max_new_tokens=6).items():
         ours = results["results"][task]
@@ -152,7 +147,7 @@ def test_noise_off_scores_are_those_of_scoring(outputs, folder, model, tokenizer
 
 @pytest.mark.parametrize("mode", ["vote", "temperature"])
 def test_a_vote_samples_every_answer_three_times(outputs, mode):
-    results, samples = read(outputs[mode])
+    results, samples = read_output(outputs[mode])
     assert results["configs"]["word_problems"]["repeats"] == 3
     steps = [step["function"] for step in results["configs"]["word_problems"]["filter_list"][0]["filter"]]
     assert steps == ["regex", "majority_vote_of_found", "take_first"]
@@ -164,7 +159,9 @@ def test_a_vote_samples_every_answer_three_times(outputs, mode):
 def test_an_ensemble_answers_otherwise_than_the_network_without_noise(outputs):
     answers = {
         mode: [
-            sample["resps"] for task in ("word_problems", "aqua_rat_local") for sample in read(outputs[mode])[1][task]
+            sample["resps"]
+            for task in ("word_problems", "aqua_rat_local")
+            for sample in read_output(outputs[mode])[1][task]
         ]
         for mode in ("noise-off", "ensemble")
     }
@@ -185,7 +182,7 @@ def geometric_mean(model, tokenizer, context, text):
 
 @pytest.mark.parametrize("mode", ["noise-off", "ensemble"])
 def test_confidence_in_a_text_is_the_geometric_mean_of_its_tokens(outputs, model, tokenizer, mode):
-    for sample in read(outputs[mode])[1]["word_problems"]:
+    for sample in read_output(outputs[mode])[1]["word_problems"]:
         prompt, (text,) = sample["arguments"]["gen_args_0"]["arg_0"], sample["resps"][0]
         with model.deterministic() if mode == "noise-off" else model.ensemble(2):
             expected = geometric_mean(model, tokenizer, prompt, text) if text else 0
@@ -194,7 +191,7 @@ def test_confidence_in_a_text_is_the_geometric_mean_of_its_tokens(outputs, model
 
 @pytest.mark.parametrize("mode", ["noise-off", "ensemble"])
 def test_confidence_in_a_choice_is_its_normalized_likelihood(outputs, mode):
-    for sample in read(outputs[mode])[1]["aqua_rat_local"]:
+    for sample in read_output(outputs[mode])[1]["aqua_rat_local"]:
         likelihoods = [math.exp(float(log_likelihood)) for log_likelihood, _ in sample["filtered_resps"]]
         assert sample["confidence"] == pytest.approx(max(likelihoods) / sum(likelihoods))
 
@@ -275,10 +272,10 @@ def test_an_interrupted_run_resumes(outputs, folder, tmp_path, batches, mode):
     restart()
     main(command(folder, tmp_path / "parts", model_args=MODES[mode]))
     assert len(done) == num_batches - 5
-    (expected, expected_samples), (results, samples) = read(tmp_path / "whole"), read(tmp_path / "parts")
+    (expected, expected_samples), (results, samples) = read_output(tmp_path / "whole"), read_output(tmp_path / "parts")
     assert samples == expected_samples
     for part in ("results", "calibration"):
-        assert results[part] == expected[part] == read(outputs[mode])[0][part]
+        assert results[part] == expected[part] == read_output(outputs[mode])[0][part]
 
 
 def test_another_training_into_the_same_folder_is_noticed(folder, tmp_path, batches):
@@ -458,10 +455,8 @@ def test_an_answer_without_tokens_has_no_confidence(folder, model, tokenizer):
 # ---- several processes ----
 
 
-def run_rank(rank, port, folder, output):
-    """One of two processes, as a launcher starts it."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def evaluate_rank(rank, folder, output):
+    """What each of two processes does."""
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
@@ -470,12 +465,9 @@ def run_rank(rank, port, folder, output):
 
 
 def test_two_processes_give_the_results_of_one(outputs, folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, str(folder), str(tmp_path)), nprocs=2)
+    run_in_two_processes(evaluate_rank, str(folder), str(tmp_path))
     for mode in ("ensemble", "vote"):
-        (expected, expected_samples), (results, samples) = read(outputs[mode]), read(tmp_path / mode)
+        (expected, expected_samples), (results, samples) = read_output(outputs[mode]), read_output(tmp_path / mode)
         assert {path.name for path in (tmp_path / mode).glob("*.jsonl")} == {"responses-1.jsonl", "responses.jsonl"}
         for task, rows in samples.items():
             order = {(row["filter"], row["doc_id"]): row for row in expected_samples[task]}

@@ -1,6 +1,5 @@
 """The tasks of `eval/tasks/` against upstream's, their filters on frozen answers, `score` from end to end."""
 
-import json
 from decimal import Decimal
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from eval.task_files import TASKS, resolve_tasks
 from eval.tasks.svamp.utils import parse_number
 from recipes.tiny_model import tiny_llama, train_tokenizer
 from recipes.word_problems import generate_splits
+from tests.helpers import write_jsonl
 
 UPSTREAM = Path(lm_eval.tasks.__file__).parent
 NAMES = [
@@ -44,7 +44,7 @@ def write_problems(tmp_path):
 
     def write(problems, name="problems.jsonl"):
         path = tmp_path / name
-        path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        write_jsonl(path, problems)
         return str(path)
 
     return write

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from dipnet_hf.scale import channel_scale
+from tests.helpers import predictions, projections
 
 PROBLEMS = [
     ("A pack costs 76 dollars. How much do 3 packs cost?", "76 * 3 = 228\n#### 228"),
@@ -45,11 +46,6 @@ def divergence(model, batches):
     return torch.nn.functional.kl_div(torch.cat(noisy), torch.cat(off * 8), reduction="batchmean", log_target=True)
 
 
-def predictions(model, batch):
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return model(**inputs).logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
-
-
 def test_the_default_noise_is_survived_where_the_rms_of_a_site_is_not(real_model, tmp_path):
     base, batches = load(real_model)
     config = DipConfig(weights=LoraConfig(r=4, target_modules="all-linear"))
@@ -60,25 +56,21 @@ def test_the_default_noise_is_survived_where_the_rms_of_a_site_is_not(real_model
     assert divergence(model.eval(), batches) == pytest.approx(config.init_loss_increase, rel=0.6)
 
     # Unlike a stand-in, a real model has its massive token and outlier channels everywhere.
-    projections = model.base_model._projections
-    middle = projections[len(projections) // 2]
+    sites = projections(model)
+    middle = model.get_base_model().get_submodule(list(sites)[len(sites) // 2])
     inputs = []
-    hook = (
-        model.get_base_model()
-        .get_submodule(middle.site.name)
-        .register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    )
+    hook = middle.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
         loss = model.eval()(**batches[0]).loss
     hook.remove()
     assert dip_loss(model.train(), batches[0]).nll < loss + 0.3  # other draws, of half the tokens
     x = inputs[0][batches[0]["attention_mask"].bool()]
     assert x.square().mean().sqrt() > 5 * channel_scale(x).median()
-    scales = [projection.scale.clone() for projection in projections]
-    for projection in projections:  # as version 0.1 did by default
+    scales = [projection.scale.clone() for projection in sites.values()]
+    for projection in sites.values():  # as version 0.1 did by default
         projection.set_noise(scale=x.square().mean().sqrt())
     assert model.noise_sweep(batches, [0.05], per_site=False)[-1]["loss"] > off["loss"] + 2
-    for projection, scale in zip(projections, scales, strict=True):
+    for projection, scale in zip(sites.values(), scales, strict=True):
         projection.set_noise(scale=scale)
 
     # Training, ensemble and storage.

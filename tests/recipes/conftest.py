@@ -1,11 +1,11 @@
 """A Llama of two small layers with a tokenizer, a folder of problems, and finished DIP runs, as recipes load them."""
 
-import json
-
 import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from tests.helpers import write_jsonl
 
 WEIGHTS = {"full": "full", "lora": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
 
@@ -93,8 +93,3 @@ def write_problems(folder):
     write_jsonl(folder / "train.jsonl", rows[:12])
     write_jsonl(folder / "test.jsonl", rows[12:])
     return folder
-
-
-def write_jsonl(path, rows):
-    """Write one JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

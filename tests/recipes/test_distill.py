@@ -17,6 +17,7 @@ from recipes import distill
 from recipes.config import DistillConfig
 from recipes.data import format_prompt, make_collator, prepare_data
 from recipes.running import load_dip_run, load_tokenizer
+from tests.helpers import losses, read_results, write_jsonl
 
 BOTH = pytest.mark.parametrize("weights", ["full", "lora"])
 
@@ -92,14 +93,6 @@ class Parts:
 def parts(dip_runs, tmp_path):
     """Return a function that loads the `Parts` of a finished run."""
     return lambda weights="full": Parts(dip_runs[weights], tmp_path / "output")
-
-
-def read(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def losses(folder):
-    return [entry["loss"] for entry in read(folder)["log_history"] if "loss" in entry]
 
 
 # ---- the loss ----
@@ -304,9 +297,10 @@ def test_accumulated_batches_are_one_batch(distil, dip_runs, weights):
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     parts = distil(dip_runs[weights], name="parts", training={**stock, **split}, **cached)
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    results = [read(folder)["scores"]["distilled"]["all"]["nll"] for folder in (whole, parts)]
+    results = [read_results(folder)["scores"]["distilled"]["all"]["nll"] for folder in (whole, parts)]
     assert results[1] == pytest.approx(results[0], rel=1e-6)
-    assert results[0] != pytest.approx(read(whole)["scores"]["noise_off"]["all"]["nll"], rel=1e-4), "it has learned"
+    noise_off = read_results(whole)["scores"]["noise_off"]["all"]["nll"]
+    assert results[0] != pytest.approx(noise_off, rel=1e-4), "it has learned"
 
 
 def test_training_approaches_the_ensemble(distil, dip_runs):
@@ -354,7 +348,7 @@ def test_output_folder_needs_nothing_of_this_package(distil, dip_runs, monkeypat
 @BOTH
 def test_results_compare_noise_off_ensembles_and_student(distil, dip_runs, parts, capsys, weights):
     folder, loaded = distil(dip_runs[weights]), parts(weights)
-    results, teacher = read(folder), loaded.teacher
+    results, teacher = read_results(folder), loaded.teacher
     scores = results["scores"]
     assert list(scores) == ["noise_off", "ensemble_1", "ensemble_2", "distilled"]
     student = AutoModelForCausalLM.from_pretrained(folder)  # transformers loads an adapter on its base, too
@@ -370,7 +364,7 @@ def test_results_compare_noise_off_ensembles_and_student(distil, dip_runs, parts
                 expected = reference_scores(model, loaded.heldout.select(range(size)))
             assert scores[method][name] == pytest.approx(expected, rel=1e-4, abs=1e-6), (method, name)
     # the teacher's run has measured the same problems, in other batches
-    teachers = read(dip_runs[weights])["metrics"]
+    teachers = read_results(dip_runs[weights])["metrics"]
     assert scores["noise_off"]["all"]["nll"] == pytest.approx(teachers["eval_nll"], rel=1e-6)
     assert scores["noise_off"]["all"]["num_tokens"] == teachers["eval_num_tokens"]
     assert len({scores[method]["all"]["nll"] for method in scores}) == 4
@@ -408,7 +402,7 @@ def test_cut_problems_are_left_out():
 
 
 def test_more_problems_than_there_are_is_all_of_them(distil, dip_runs):
-    scores = read(distil(dip_runs["full"], training={"max_steps": 1}, heldout_sizes={"many": 1000}))["scores"]
+    scores = read_results(distil(dip_runs["full"], training={"max_steps": 1}, heldout_sizes={"many": 1000}))["scores"]
     assert scores["distilled"]["many"]["n"] == 5
 
 
@@ -428,7 +422,7 @@ def prompts(tmp_path):
     """A file of three questions of different lengths."""
     questions = ["1 + 1?", "a longer one, 12 + 3?", "?"]
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"question": question}) + "\n" for question in questions))
+    write_jsonl(path, [{"question": question} for question in questions])
     return path, questions
 
 
@@ -473,7 +467,7 @@ def test_answers_of_the_ensemble_are_no_data(parts, prompts):
 
 def test_prompts_are_rows_of_the_training_set(distil, dip_runs, prompts):
     folder = distil(dip_runs["lora"], prompts=str(prompts[0]), max_new_tokens=4, data_weight=0.5, cache_top_p=0.9)
-    metrics = read(folder)["metrics"]
+    metrics = read_results(folder)["metrics"]
     assert metrics["num_train_sequences"] == 14 and metrics["num_steps"] == 2
 
 
@@ -500,19 +494,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distil, dip_runs, tmp_path, b
     resumed = distil(dip_runs[weights], name="resumed", cache_top_p=cache_top_p)
     assert len(batches) == 3 and batches[2] == batches[1], "only the second step is repeated"
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 2
-    assert read(resumed)["scores"] == read(whole)["scores"]
+    assert read_results(resumed)["scores"] == read_results(whole)["scores"]
 
 
 def test_a_finished_run_is_not_run_over(distil, dip_runs, batches):
     folder = distil(dip_runs["full"])
     with pytest.raises(ValueError, match="already holds a finished run .*training.output_dir=FOLDER"):
         distil(dip_runs["full"])
-    scores = read(folder)["scores"]
+    scores = read_results(folder)["scores"]
     (folder / "results.json").unlink()
     with pytest.raises(ValueError, match="interrupted run of another configuration; give .*config.yaml to resume it"):
         distil(dip_runs["full"], temperature=2.0)
     distill.main([str(folder / "config.yaml")])
-    assert read(folder)["scores"] == scores and len(batches) == 2, "a trained model is not trained further"
+    assert read_results(folder)["scores"] == scores and len(batches) == 2, "a trained model is not trained further"
 
 
 # ---- mistakes ----

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from recipes import finetune
 from recipes.data import format_prompt
+from tests.helpers import losses, read_results
 
 ROOT = Path(__file__).parents[2]
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
@@ -53,19 +54,11 @@ def run(model_folder, problems_folder, tmp_path):
     return run_recipe
 
 
-def read(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def losses(folder):
-    return [entry["loss"] for entry in read(folder)["log_history"] if "loss" in entry]
-
-
 @pytest.mark.parametrize("weights", [LORA, "full"], ids=["lora", "full"])
 @pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.1}], ids=["plain", "dip"])
 def test_a_run_leaves_its_model_and_its_figures(run, capsys, model_folder, tokenizer, dip, weights):
     folder = run(dip=dip, weights=weights)
-    results = read(folder)
+    results = read_results(folder)
     metrics = results["metrics"]
     assert len(losses(folder)) == 4
     assert (metrics["num_steps"], metrics["num_train_sequences"], metrics["num_dropped_train_sequences"]) == (4, 11, 1)
@@ -98,7 +91,7 @@ def reference_nll(model, tokenizer, folder):
 
 def test_noise_table_holds_every_channel(run, model_folder):
     folder = run(dip={"init_noise_std": 0.1, "layers_to_transform": [1]})
-    (row,) = read(folder)["noise"]
+    (row,) = read_results(folder)["noise"]
     assert row["name"].endswith("layers.1") and len(row["relative_std"]) == 16
     assert sum(row["relative_std"]) / 16 == pytest.approx(row["mean"], rel=1e-3)
     assert min(row["relative_std"]) == pytest.approx(row["min"], rel=1e-3)
@@ -111,13 +104,13 @@ def test_the_level_is_found_written_and_resumed(run, tmp_path, caplog):
     dip = {"init_loss_increase": 0.02}
     base = run(name="base", weights="full", max_steps=30, learning_rate=3e-2)  # one that predicts something
     whole = run("--set", f"model={base}", name="whole", dip=dip)
-    level = read(whole)["metrics"]["init_noise_std"]
+    level = read_results(whole)["metrics"]["init_noise_std"]
     assert 0.001 < level < 8 and f"Noise level {level:.3g} found" in caplog.text
     for checkpoint in ("checkpoint-2", "checkpoint-4"):  # amid the run, and after its last step
         resumed = tmp_path / checkpoint
         shutil.copytree(whole / checkpoint, resumed / checkpoint)
         run("--set", f"model={base}", name=checkpoint, dip=dip)
-        assert read(resumed)["metrics"] == read(whole)["metrics"]
+        assert read_results(resumed)["metrics"] == read_results(whole)["metrics"]
 
 
 @pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.1}], ids=["plain", "dip"])
@@ -132,7 +125,7 @@ def test_the_best_checkpoint_is_found_on_validation_problems_and_scored(run, mod
         metric_for_best_model="nll",
         greater_is_better=True,  # so that the last checkpoint is not the best
     )
-    results = read(folder)
+    results = read_results(folder)
     assert results["metrics"]["num_train_sequences"] == 8  # of twelve three are held out, and one is too long
     on_the_way = {entry["step"]: entry["eval_nll"] for entry in results["log_history"] if "eval_nll" in entry}
     assert sorted(on_the_way) == [2, 4, 6]
@@ -165,7 +158,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, dip, weights):
     whole = run(name="whole", dip=dip, weights=weights)
     shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     resumed = run(name="resumed", dip=dip, weights=weights)
-    assert read(resumed)["metrics"]["eval_nll"] == read(whole)["metrics"]["eval_nll"]
+    assert read_results(resumed)["metrics"]["eval_nll"] == read_results(whole)["metrics"]["eval_nll"]
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 4
 
 
@@ -181,7 +174,7 @@ def test_dry_run_tells_and_stops(run, capsys):
 
 def test_overrides_reach_the_run(run):
     folder = run("--set", "training.max_steps=1", "max_eval_samples=2", "--set", "max_train_samples=3")
-    metrics = read(folder)["metrics"]
+    metrics = read_results(folder)["metrics"]
     assert (metrics["num_steps"], metrics["num_train_sequences"], metrics["num_eval_problems"]) == (1, 3, 2)
     assert len((folder / "data" / "test.jsonl").read_text().splitlines()) == 2
     assert yaml.safe_load((folder / "config.yaml").read_text())["max_eval_samples"] == 2
@@ -195,18 +188,18 @@ def test_a_finished_run_is_not_run_over(run):
 
 def test_an_interrupted_run_is_not_resumed_with_another_configuration(run):
     folder = run(max_steps=1)
-    eval_nll = read(folder)["metrics"]["eval_nll"]
+    eval_nll = read_results(folder)["metrics"]["eval_nll"]
     (folder / "results.json").unlink()
     with pytest.raises(ValueError, match="interrupted run of another configuration; give .*config.yaml to resume it"):
         run(max_steps=2)
     finetune.main([str(folder / "config.yaml")])
-    metrics = read(folder)["metrics"]
+    metrics = read_results(folder)["metrics"]
     assert (metrics["num_steps"], metrics["eval_nll"]) == (1, eval_nll), "a trained model is not trained further"
 
 
 def test_data_without_a_test_split_trains_but_does_not_score(run, problems_folder):
     (problems_folder / "test.jsonl").unlink()
-    assert "eval_nll" not in read(run(max_steps=1))["metrics"]
+    assert "eval_nll" not in read_results(run(max_steps=1))["metrics"]
     with pytest.raises(ValueError, match="has no test split to score on"):
         run("--set", "evaluation.tasks=[gsm8k_local]", name="scored")
 
@@ -240,12 +233,13 @@ def test_with_flash_attention_batches_have_no_padding_and_the_same_loss(run, mon
     flattened = run("--set", evaluation, name="flattened", dip=dip, attn_implementation="eager")
     assert len(shapes) == 4 and {rows for rows, _ in shapes} == {1}
     assert losses(flattened) == pytest.approx(losses(padded), rel=1e-3)
-    assert read(flattened)["metrics"]["eval_nll"] == pytest.approx(read(padded)["metrics"]["eval_nll"], rel=1e-3)
+    nlls = [read_results(folder)["metrics"]["eval_nll"] for folder in (flattened, padded)]
+    assert nlls[0] == pytest.approx(nlls[1], rel=1e-3)
 
 
 def test_scores_the_heldout_problems_of_the_run(run):
     evaluation = "evaluation={tasks: [gsm8k_local], batch_size: 2, max_new_tokens: 2}"
-    results = read(run("--set", evaluation, max_steps=1, dip={"init_noise_std": 0.1}))
+    results = read_results(run("--set", evaluation, max_steps=1, dip={"init_noise_std": 0.1}))
     assert "gsm8k_local" in results["scores"]
 
 

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
-from dipnet_hf import DipConfig, dip_loss, get_dip_model
+from dipnet_hf import dip_loss
+from tests.helpers import checkpointed, dip_model, gradients, projections
 from tests.tiny_models import build
 
 CHECKPOINTS = [
@@ -15,23 +16,8 @@ CHECKPOINTS = [
 ]
 
 
-def dip_llama(batch, target_sites="decoder_layer", **kwargs):
-    config = DipConfig(weights="full", target_sites=target_sites, init_noise_std=0.3, **kwargs)
-    return get_dip_model(build("llama"), config, calibration=[batch]).train()
-
-
-def gradients(model, loss):
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def checkpointed(model, kwargs):
-    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
-        model.activation_checkpointing_enable(kwargs)
-    else:
-        model.gradient_checkpointing_enable(kwargs)
-    model.enable_input_require_grads()
-    return model
+def dip_llama(batch, target_sites="decoder_layer", base="llama", **config):
+    return dip_model(base, [batch], target_sites=target_sites, **config).train()
 
 
 @pytest.mark.parametrize("kwargs", CHECKPOINTS, ids=str)
@@ -105,14 +91,13 @@ def test_a_site_that_runs_twice_draws_twice_and_refuses_recomputation(batch):
         model = build("llama")
         model.model.layers[1] = model.model.layers[0]  # one layer, run twice
         model.config.use_cache = False
-        model = get_dip_model(model, DipConfig(weights="full", target_sites="attention", init_noise_std=0.3))
-        model.calibrate([batch])
-        return model.train()
+        return dip_llama(batch, "attention", base=model)
 
     model = shared_layers()
     inputs = []
-    projection = model.get_base_model().model.layers[0].self_attn.dip_projection
-    projection.register_forward_hook(lambda module, args, output: inputs.append(output - args[0]))
+    projections(model)["model.layers.0.self_attn"].register_forward_hook(
+        lambda module, args, output: inputs.append(output - args[0])
+    )
     model(batch["input_ids"])
     assert len(inputs) == 2 and not torch.equal(*inputs)
 
@@ -121,22 +106,8 @@ def test_a_site_that_runs_twice_draws_twice_and_refuses_recomputation(batch):
         loss.backward()
 
 
-def test_bfloat16_follows_float32(batch):
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = dip_llama(batch).to(dtype)
-        with model.sampling(seed=0):
-            results.append(gradients(model, dip_loss(model, batch).loss))
-    for (name, expected), actual in zip(results[0].items(), results[1].values()):
-        if "dip_logvar" in name:
-            assert actual.dtype == torch.float32
-        error = (actual.float() - expected).norm() / expected.norm()
-        assert error < 0.1, (name, error)
-
-
 def test_compiled_in_one_graph_with_the_same_noise(batch):
-    config = DipConfig(weights=LoraConfig(r=4, target_modules="all-linear"), init_noise_std=0.3)
-    model = get_dip_model(build("llama"), config, calibration=[batch]).train()
+    model = dip_llama(batch, weights=LoraConfig(r=4, target_modules="all-linear"))
     assert torch._dynamo.explain(model)(**batch).graph_break_count == 0
 
     results = []
