@@ -54,13 +54,15 @@ style: .venv/.installed  ## lint, format, types, spelling: checks only
 docs: .venv-docs/.installed  ## the documentation site, in build/site; a broken link fails
 	.venv-docs/bin/mkdocs build --strict
 
-# Outside the repository, where only the wheel can be imported, and without the extras.
-wheel:  ## build the wheel, install it alone in .venv-wheel and run the README's examples there
+# In dist/, where only the wheel can be imported: first without any extra, then with the one that the examples need.
+wheel:  ## build the wheel, install it in .venv-wheel and run the README's examples there
 	rm -rf dist .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install -c constraints.txt torch pytest
 	.venv-wheel/bin/python -m pip wheel --no-deps -w dist .
 	.venv-wheel/bin/python -m pip install -c constraints.txt dist/*.whl
+	cd dist && ../.venv-wheel/bin/python -c "from dipnet_hf import *; print(DipTrainer, dip_loss)"
+	.venv-wheel/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[trl]"
 	mkdir -p dist/tests
 	cp -r README.md docs dist
 	cp tests/test_readme.py tests/tiny_models.py dist/tests
