@@ -61,7 +61,7 @@ wheel:  ## build the wheel, install it in .venv-wheel and run the README's examp
 	.venv-wheel/bin/python -m pip install -c constraints.txt torch pytest
 	.venv-wheel/bin/python -m pip wheel --no-deps -w dist .
 	.venv-wheel/bin/python -m pip install -c constraints.txt dist/*.whl
-	cd dist && ../.venv-wheel/bin/python -c "from dipnet_hf import *; print(DipTrainer, dip_loss)"
+	cd dist && ../.venv-wheel/bin/python -c "from dipnet_hf import DipConfig, DipTrainer, dip_loss, get_dip_model, predict"
 	.venv-wheel/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[trl]"
 	mkdir -p dist/tests
 	cp -r README.md docs dist
