@@ -3,7 +3,7 @@
 Importing it registers the tuner with PEFT, so that `PeftModel.from_pretrained` knows its adapters.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 from . import registry  # noqa: F401
 from .config import DipConfig
