@@ -2,7 +2,7 @@
 
     python docs/draw_overfitting.py
 
-Reads two results of `recipes/finetune.py` and writes `docs/pictures/overfitting.png`. Run it again when they change.
+Reads three results of `recipes/finetune.py` and writes `docs/pictures/overfitting.png`. Run it again when they change.
 """
 
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RUNS = {
     "plain fine-tuning": "recipes/results/smollm2-svamp-200-lora-plain-seed0.json",
-    "DIPNet, noise off": "recipes/results/smollm2-svamp-200-lora-dip-seed0.json",
+    "DIPNet, default": "recipes/results/smollm2-svamp-200-lora-dip-seed0.json",
+    "DIPNet, std 0.06": "recipes/results/smollm2-svamp-200-lora-std0.06-seed0.json",
 }
 PICTURE = ROOT / "docs" / "pictures" / "overfitting.png"
 
@@ -22,7 +23,7 @@ def main() -> None:
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (label, path), color in zip(RUNS.items(), ("#7f7f7f", "#e8710a"), strict=True):
+    for (label, path), color in zip(RUNS.items(), ("#7f7f7f", "#f4b183", "#e8710a"), strict=True):
         results = json.loads((ROOT / path).read_text(encoding="utf-8"))
         epochs, losses = zip(*validation_curve(results["log_history"]), strict=True)
         axes.plot(epochs, losses, marker="o", color=color)
