@@ -308,17 +308,3 @@ def test_a_resumed_run_does_not_sample_the_same_again(dip, tmp_path):
     resumed = sample(8)
     assert resumed[:4] == first
     assert len(set(resumed)) == 8
-
-
-def test_responses_of_another_run_are_refused(dip, tmp_path):
-    Responses(tmp_path, {"seed": 1})  # a run that fails before its first response leaves nothing
-    answer(in_memory(dip, responses=Responses(tmp_path, {"seed": 0, "limit": 3.0})), "loglikelihood")
-    with pytest.raises(
-        ValueError, match="another run: limit was 3.0 and is None; seed was 0 and is 1. Choose another"
-    ):
-        Responses(tmp_path, {"seed": 1})
-    path = tmp_path / "responses.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:3], "{\n", *lines[3:]]))
-    with pytest.raises(ValueError, match="responses.jsonl, line 4 is broken"):
-        Responses(tmp_path, {"seed": 0, "limit": 3.0})
