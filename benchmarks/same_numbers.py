@@ -2,8 +2,8 @@
 
     python benchmarks/same_numbers.py OTHER_CHECKOUT
 
-Losses, gradients, seeded draws, ensembles and generated text of seven architectures under four configs, from one
-process per checkout. Prints what differs; the exit status is 1 then.
+Losses, gradients (recomputed ones too), seeded draws, ensembles and generated text of seven architectures under five
+configs, from one process per checkout. Prints what differs; the exit status is 1 then.
 """
 
 import argparse
@@ -46,6 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "stability_loss_weight": 0.1,
         "stability_target": "logits",
     },
+    "linear layers": {"weights": "full", "init_noise_std": 0.1, "target_sites": "linear"},
     "upper layers": {
         **LORA,
         "init_noise_std": 0.1,
@@ -88,6 +89,11 @@ def digest(*tensors: torch.Tensor) -> str:
     return sha.hexdigest()[:16]
 
 
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Every gradient that there is."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
 def numbers(architecture: str, fields: dict[str, Any]) -> dict[str, str]:
     """Fingerprints of everything that one architecture computes under one config."""
     from dipnet_hf import dip_loss, get_dip_model
@@ -106,7 +112,16 @@ def numbers(architecture: str, fields: dict[str, Any]) -> dict[str, str]:
         loss = dip_loss(model, batch)
         loss.loss.backward()
         found[f"loss {step}"] = digest(*loss)
-    found["gradients"] = digest(*(p.grad for p in model.parameters() if p.grad is not None))
+    found["gradients"] = digest(*gradients(model))
+    model.zero_grad()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    dip_loss(model, batch).loss.backward()
+    found["recomputed gradients"] = digest(*gradients(model))
+    model.zero_grad()
+    with model.ensemble(num_samples=2, seed=5):
+        model(**batch, use_cache=False).loss.backward()
+    found["recomputed gradients of an ensemble"] = digest(*gradients(model))
+    base.gradient_checkpointing_disable()
     model.eval()
     with torch.no_grad():
         found["noise-free logits"] = digest(model(input_ids=ids).logits)
@@ -155,8 +170,9 @@ def main() -> None:
     if arguments.other is None or not (arguments.other / "dipnet_hf").is_dir():
         parser.error(f"Give the folder of another checkout, which holds dipnet_hf/; got {arguments.other}.")
     here, there = numbers_of(Path(__file__).parents[1]), numbers_of(arguments.other.resolve())
-    different = [name for name in here if here[name] != there.get(name)]
-    print(f"{len(here) - len(different)} of {len(here)} numbers are the same to the bit.")
+    names = here.keys() | there.keys()
+    different = sorted(name for name in names if here.get(name) != there.get(name))
+    print(f"{len(names) - len(different)} of {len(names)} numbers are the same to the bit.")
     print("\n".join(f"  differs: {name}" for name in different))
     sys.exit(bool(different))
 

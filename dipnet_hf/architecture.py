@@ -81,40 +81,10 @@ def hidden_size(model: Any) -> int | None:
     return getattr(text_config(model), "hidden_size", None)
 
 
-class Network(NamedTuple):
-    """What does not change about a model, asked once."""
-
-    model: Any
-    shifts_labels: bool
-    layers: list[tuple[str, nn.Module]]  # those that may get more rows than the model, by name; none if any may not
-    context_length: int | None  # the most tokens that a sequence may have, None where there is no limit
-
-    def layers_from(self, site_names: list[str]) -> list[nn.Module]:
-        """The layers from the first one with a site on; none if noise enters below the second layer."""
-        firsts = []
-        for name in site_names:
-            inside = [i for i, (layer, _) in enumerate(self.layers) if f"{name}.".startswith(f"{layer}.")]
-            firsts.append(inside[0] if inside else 0)
-        first = min(firsts, default=0)
-        return [layer for _, layer in self.layers[first:]] if first > 0 else []
-
-
-def describe(model: Any) -> Network:
-    """Ask a model what does not change about it."""
-    shifts = shifts_labels(model)
-    try:
-        layers = decoder_layers(model) if shifts else []
-    except ValueError:
-        layers = []
-    known = all(set(inspect.signature(layer.forward).parameters) <= _KNOWN_LAYER_INPUTS for _, layer in layers)
-    takes_more_rows = known and setting(model, "model_type") not in _FIXED_OUTPUT_SHAPE
+def context_length(model: Any) -> int | None:
+    """The most tokens that a sequence may have, None where there is no limit."""
     config = text_config(model) if isinstance(model, PreTrainedModel) else None
-    return Network(
-        model,
-        shifts_labels=shifts,
-        layers=layers if takes_more_rows else [],
-        context_length=getattr(config, "max_position_embeddings", None),
-    )
+    return getattr(config, "max_position_embeddings", None)
 
 
 # ---- layers and their parts ----
@@ -227,6 +197,28 @@ def input_channels(module: nn.Module) -> tuple[int, int] | None:
 
 
 # ---- rows ----
+
+
+def layers_from(model: nn.Module, site_names: list[str]) -> list[nn.Module]:
+    """The decoder layers from the first one with a site on, if they can run on more rows than the model was given.
+
+    They cannot if they are given something that is not known, which may hold rows, or if the model's own shape is that
+    of its inputs. None either where noise enters below the second layer.
+    """
+    try:
+        layers = decoder_layers(model) if shifts_labels(model) else []
+    except ValueError:
+        return []
+    firsts = []
+    for name in site_names:
+        inside = [i for i, (layer, _) in enumerate(layers) if f"{name}.".startswith(f"{layer}.")]
+        firsts.append(inside[0] if inside else 0)
+    first = min(firsts, default=0)
+    if first == 0 or setting(model, "model_type") in _FIXED_OUTPUT_SHAPE:
+        return []
+    upper = [layer for _, layer in layers[first:]]
+    known = all(set(inspect.signature(layer.forward).parameters) <= _KNOWN_LAYER_INPUTS for layer in upper)
+    return upper if known else []
 
 
 def needs_whole_rows(model: nn.Module, inputs: dict[str, Any]) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch import nn
 
-from .architecture import Network, is_encoder_decoder
+from .architecture import is_encoder_decoder, shifts_labels
 from .batches import IGNORE_INDEX
 from .data_loss import data_terms, run
 from .hidden_states import HiddenStateCapture
@@ -24,7 +25,7 @@ class CalibrationLoss:
     """A model's mean loss over some batches of all processes, with noise and without.
 
     Args:
-        network (`Network`): the model.
+        model (`nn.Module`): the network.
         batches (`list`): of which it will be asked; they tell whether there are labels.
         capture (`HiddenStateCapture`): of the network.
         noise (`Callable`): whether noise is on, to a context in which it is so; the same draws every time.
@@ -32,15 +33,15 @@ class CalibrationLoss:
 
     def __init__(
         self,
-        network: Network,
+        model: nn.Module,
         batches: list,
         capture: HiddenStateCapture,
         noise: Callable[[bool], AbstractContextManager[None]],
     ) -> None:
-        self._model = network.model
+        self._model: Any = model
         self._capture = capture
         self._noise = noise
-        self._shifts = network.shifts_labels
+        self._shifts = shifts_labels(model)
         has_labels = any(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches)
         # Asked here, because the model runs for it, and calibration observes later runs.
         self._is_plain = has_labels and self._shifts and capture.probe().loss_is_plain

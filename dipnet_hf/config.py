@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import os
+import warnings
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -107,8 +108,7 @@ class DipConfig(PeftConfig):
         self._check_noise()
         self._take_paper_prior(alpha, beta)
         self._check_prior()
-        if antithetic is not None and self.sampling is None:
-            self.sampling = "pairs" if antithetic else "independent"
+        self._take_old_sampling(antithetic, shared_prompt_noise)
         self._check_samples()
 
     def _check_weights(self) -> None:
@@ -196,14 +196,27 @@ class DipConfig(PeftConfig):
             raise ValueError(
                 f"stability_loss_weight={self.stability_loss_weight} needs num_samples >= 2: one has no variance."
             )
-        if self.sampling is None:
-            self.sampling = "independent" if self.num_samples % 2 else "pairs"
-        _check_choice("sampling", self.sampling, ("pairs", "independent"))
+        if self.sampling is not None:
+            _check_choice("sampling", self.sampling, ("pairs", "independent"))
         if self.sampling == "pairs" and self.num_samples > 1 and self.num_samples % 2:
             raise ValueError(
                 f'sampling="pairs" needs an even num_samples, got {self.num_samples}. Change it, or set '
                 'sampling="independent".'
             )
+
+    def _take_old_sampling(self, antithetic: bool | None, shared_prompt_noise: bool | None) -> None:
+        if shared_prompt_noise:
+            warnings.warn("shared_prompt_noise is gone and has no effect: samples share no noise.", stacklevel=4)
+        if antithetic is None:
+            return
+        if self.sampling is not None:
+            raise ValueError("Give sampling or antithetic, not both: they say the same.")
+        self.sampling = "pairs" if antithetic else "independent"
+
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether the samples come in pairs of +eps and -eps."""
+        return self.sampling == "pairs" or (self.sampling is None and self.num_samples % 2 == 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them; the config of the weights is nested."""

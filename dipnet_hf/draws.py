@@ -4,7 +4,6 @@ Shape legend: S samples, B batch, L sequence, D hidden size.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,22 +69,6 @@ class PositionDraw(NamedTuple):
         return self._replace(noise=PositionNoise(fold_in(self.noise.key, number), self.num_samples))
 
 
-@dataclass
-class PassDraws:
-    """The draws of one forward pass, and how often each site has used its own."""
-
-    by_site: dict[str, SiteDraw] = field(default_factory=dict)  # none while noise is off
-    num_uses: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class NoiseState:
-    """What the sites of a model share: whether noise is on, and what it is in the forward pass that runs now."""
-
-    on: bool | None = None  # None: on in `train()`, off in `eval()`
-    now: PassDraws = field(default_factory=PassDraws)
-
-
 class RecomputeMemory:
     """The draws of recent forward passes, found again when a checkpointed layer is recomputed.
 
@@ -96,26 +79,30 @@ class RecomputeMemory:
     """
 
     def __init__(self) -> None:
-        self._passes: deque[tuple[int, PassDraws]] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
+        self._forwards: deque[tuple[int, dict[str, SiteDraw | None]]] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
         self.blind = False  # set by a compiled forward pass, which cannot be remembered
 
-    def remember(self, draws: PassDraws) -> None:
-        """Note the draws of a forward pass that begins now."""
-        self._passes.append((torch.autograd._get_sequence_nr(), draws))
+    def remember(self, draws: dict[str, SiteDraw | None]) -> None:
+        """Note the draws, by site name, of a forward pass that begins now; there are none while noise is off."""
+        self._forwards.append((torch.autograd._get_sequence_nr(), draws))
+
+    def note_repeated(self, name: str) -> None:
+        """Note that the site ran several times in the latest forward pass, so that one draw cannot stand for it."""
+        if self._forwards and name in self._forwards[-1][1]:
+            self._forwards[-1][1][name] = None
 
     def recall(self, node: torch.autograd.graph.Node, name: str) -> SiteDraw | None:
         """The draw that the site had in the forward pass that made `node`, None if noise was off."""
         number = node._sequence_nr()
-        draws = next((draws for first_node, draws in reversed(self._passes) if first_node <= number), None)
+        draws = next((draws for first_node, draws in reversed(self._forwards) if first_node <= number), None)
         if self.blind:
             raise RuntimeError(
                 f"Site '{name}' is recomputed in the backward pass of a compiled model, which does not tell which "
                 "draw to repeat. Project whole decoder layers, or switch compilation or checkpointing off."
             )
-        # A site that ran twice had two draws, and the node does not tell which of them is asked for.
-        if draws is None or (name in draws.by_site and draws.num_uses.get(name, 0) > 1):
+        if draws is None or draws.get(name, "off") is None:
             raise RuntimeError(
                 f"Site '{name}' is recomputed in the backward pass, but it did not run exactly once in the model's "
                 "forward pass, so its noise cannot be repeated. Disable gradient checkpointing."
             )
-        return draws.by_site.get(name)
+        return draws.get(name)

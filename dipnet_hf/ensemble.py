@@ -10,7 +10,7 @@ Shape legend: S samples, B batch, L sequence, V vocabulary. Row s * B + b is sam
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,14 +24,17 @@ from transformers.generation import GenerationConfig, GenerationMode
 from .architecture import (
     RECURRENT_STATES,
     TEXT_INPUTS,
-    Network,
+    context_length,
     is_encoder_decoder,
+    layers_from,
     setting,
+    shifts_labels,
     text_config,
 )
-from .draws import PassDraws, PositionDraw
+from .draws import PositionDraw, SiteDraw
 from .late_expansion import Inputs, LateExpansion
 from .noise import locate, position_noises
+from .projection import DipProjection
 from .uncertainty import Prediction, predictive_entropies
 
 _CACHES = (None, "dynamic", "offloaded")
@@ -60,8 +63,8 @@ class Ensemble:
     """The `Pass` of `num_samples` samples per row, whose mean the model returns.
 
     Args:
-        network (`Network`): what does not change about the model.
-        site_names (`list[str]`): the sites, in the order of the modules.
+        model (`nn.Module`): the network itself.
+        projections (`list[DipProjection]`): the sites, in the order of the modules.
         num_samples (`int`): k.
         combine (`Callable`): logits of shape `(S, B, ...)` to what the model returns instead.
         seed (`int`): which k samples.
@@ -69,8 +72,8 @@ class Ensemble:
 
     def __init__(
         self,
-        network: Network,
-        site_names: list[str],
+        model: nn.Module,
+        projections: list[DipProjection],
         num_samples: int,
         combine: Callable[[torch.Tensor], torch.Tensor],
         seed: int,
@@ -79,26 +82,25 @@ class Ensemble:
             raise ValueError(f"num_samples must be an integer of at least 1, got {num_samples!r}.")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be an integer, got {seed!r}.")
-        if not site_names:
+        if not projections:
             raise ValueError(
                 "An ensemble needs the noise of a DIP adapter, and none is active: call set_adapter(name)."
             )
-        self.model = network.model
-        if not network.shifts_labels and is_encoder_decoder(self.model):
+        if is_encoder_decoder(model):
             raise ValueError(
-                f"{type(self.model).__name__} is an encoder-decoder, which an ensemble does not support. Draw the "
+                f"{type(model).__name__} is an encoder-decoder, which an ensemble does not support. Draw the "
                 "samples one by one with model.sampling(seed)."
             )
-        self.shifts_labels = network.shifts_labels
-        self._context_length = network.context_length
+        self.model: Any = model
+        self.projections = projections
+        self.shifts_labels = shifts_labels(model)
         self.num_samples = num_samples
         self.combine = combine
-        self._site_names = site_names
-        self._expansion = LateExpansion(self.model, network.layers_from(site_names), num_samples)
-        self._noises = position_noises(seed, len(site_names), num_samples)
+        names = [projection.site.name for projection in projections]
+        self._expansion = LateExpansion(model, layers_from(model, names), num_samples)
+        self._noises = position_noises(seed, len(projections), num_samples)
         self._parameters = list(inspect.signature(self.model.forward).parameters)
         self._num_rows: int | None = None  # B while a forward pass of the ensemble runs
-        self._draws = PassDraws()
         self._labels: dict[str, Any] = {}
 
     @contextmanager
@@ -127,7 +129,9 @@ class Ensemble:
 
     # ---- into the model ----
 
-    def begin(self, args: tuple, kwargs: dict[str, Any], site_names: list[str]) -> tuple[Inputs | None, PassDraws]:
+    def begin(
+        self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
+    ) -> tuple[Inputs | None, Sequence[SiteDraw]]:
         """Repeat the inputs once per sample; see `Pass`.
 
         Raises:
@@ -136,9 +140,9 @@ class Ensemble:
         """
         if self._num_rows is not None:
             self._stop()  # the pass before failed
-        if not site_names:
-            return None, PassDraws()  # without noise one sample is as good as many
-        if site_names != self._site_names:
+        if not projections:
+            return None, []  # without noise one sample is as good as many
+        if projections != self.projections:
             raise ValueError("The adapter was changed within an ensemble: change it before the ensemble begins.")
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         names = (*TEXT_INPUTS, getattr(self.model, "main_input_name", ""), *inputs)
@@ -155,9 +159,8 @@ class Ensemble:
             positions_BL = self._positions(inputs, main).cpu()
             self._check_positions(positions_BL, padded=inputs.get("attention_mask") is not None)
             positions = locate(positions_BL, main.device)
-        for name, noise in zip(site_names, self._noises, strict=True):
-            self._draws.by_site[name] = PositionDraw(self.num_samples, noise, positions)
-        return ((), self._expansion.expand(inputs, main.shape[0])), self._draws
+        draws = [PositionDraw(self.num_samples, noise, positions) for noise in self._noises]
+        return ((), self._expansion.expand(inputs, main.shape[0])), draws
 
     def _positions(self, inputs: dict[str, Any], main: torch.Tensor) -> torch.Tensor:
         """Every token's position in its own sequence, of shape `(B, L)` or `(1, L)`: padding does not count."""
@@ -194,9 +197,10 @@ class Ensemble:
 
     def _stop(self) -> None:
         """End the forward pass: no part of the model that is called by itself may draw from it."""
-        self._draws.by_site.clear()
-        self._num_rows, self._draws = None, PassDraws()
+        self._num_rows = None
         self._expansion.stop()
+        for projection in self.projections:
+            projection.forget_draw()
 
     def _pop_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Take what the loss needs out of the inputs: it is that of the result, not of the samples."""
@@ -245,7 +249,7 @@ class Ensemble:
             return
         if not padded and (positions_BL.diff() != 1).any():
             raise ValueError("An ensemble takes padded batches with their mask, not sequences packed by position_ids.")
-        context = self._context_length
+        context = context_length(self.model)
         last = int(positions_BL.max())
         if context is not None and last >= context:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from .architecture import Network, router_loss_weight
+from .architecture import router_loss_weight, shifts_labels
 from .batches import expand_batch
 from .config import DipConfig
 from .data_loss import data_terms
@@ -29,7 +29,7 @@ class DipLoss(NamedTuple):
 class NoisyModel(Protocol):
     """What the objective asks of a `DipModel`."""
 
-    network: Network
+    model: Any
     active_dip_config: DipConfig
     hidden_state_capture: HiddenStateCapture
 
@@ -41,7 +41,7 @@ class NoisyModel(Protocol):
 
 
 def unwrap(model: Any) -> NoisyModel:
-    """The tuner within a model from `get_dip_model`, also wrapped by DDP or `torch.compile`."""
+    """The model from `get_dip_model` within a wrapper of DDP or `torch.compile`; it forwards what its tuner has."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
@@ -62,7 +62,7 @@ def sampled_data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[T
         return data_terms(
             model,
             inputs,
-            tuner.network.shifts_labels,
+            shifts_labels(tuner.model),
             tuner.hidden_state_capture,
             config.num_samples,
             config.stability_loss_weight,
@@ -98,7 +98,7 @@ def dip_loss(
     prior = share * tuner.prior_loss()
     loss = terms.total / num_items + prior
     if getattr(outputs, "aux_loss", None) is not None:
-        loss = loss + share * router_loss_weight(tuner.network.model) * outputs.aux_loss
+        loss = loss + share * router_loss_weight(tuner.model) * outputs.aux_loss
     # Without a stability term the total is the NLL, with its gradients.
     nll = terms.nll if tuner.active_dip_config.stability_loss_weight else terms.total
     return DipLoss(loss, nll / num_items, prior, terms.stability / num_items)

@@ -15,17 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import objective
-from .architecture import describe, is_encoder_decoder
+from .architecture import is_encoder_decoder, layers_from
 from .calibration import calibrate, noise_sweep
 from .calibration_loss import CalibrationLoss
 from .config import DipConfig
-from .draws import NoiseState, RecomputeMemory
+from .draws import RecomputeMemory
 from .ensemble import AVERAGES, Ensemble
 from .hidden_states import HiddenStateCapture
 from .late_expansion import LateExpansion
 from .noise import KeySource
 from .passes import FreshPass, Pass
-from .projection import DipProjection
+from .projection import DipProjection, NoiseSwitch
 from .sites import find_sites
 from .weights import (
     check_fits,
@@ -91,8 +91,7 @@ class DipModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._projections: list[DipProjection] = []
-        self.network = describe(model)
-        self._state = NoiseState()
+        self._switch = NoiseSwitch()
         self._memory = RecomputeMemory()
         self._pass: Pass = FreshPass(KeySource())
         self.hidden_state_capture = HiddenStateCapture(model, without_noise=self.deterministic)
@@ -144,7 +143,7 @@ class DipModel(BaseTuner):
     ) -> None:
         projection = getattr(target, "dip_projection", None)
         if projection is None:
-            projection = DipProjection(self._sites[current_key], self._state, self._memory)
+            projection = DipProjection(self._sites[current_key], self._switch, self._memory)
             projection.train(target.training)
             projection.attach(target)
         parameter = next(target.parameters(), None)
@@ -203,21 +202,25 @@ class DipModel(BaseTuner):
                     "is repeated, so its noise cannot be. Use use_reentrant=False, or checkpoint the layers."
                 )
             return None
-        names = [projection.site.name for projection in self._projections if projection.sampling]
-        changed, self._state.now = self._pass.begin(args, kwargs, names)
+        projections = [projection for projection in self._projections if projection.sampling]
+        changed, draws = self._pass.begin(args, kwargs, projections)
+        for projection, draw in zip(projections, draws, strict=True):
+            projection.set_draw(draw)
         if torch.compiler.is_compiling():
             self._memory.blind = True
-        elif torch.is_grad_enabled():  # nothing is recomputed for a pass without gradients
-            self._memory.remember(self._state.now)
+        else:
+            names = [projection.site.name for projection in projections]
+            # A pass without gradients is never recomputed, so its draws, which may hold noise, are not kept.
+            self._memory.remember(dict(zip(names, draws, strict=True)) if torch.is_grad_enabled() else {})
         return changed
 
     @contextlib.contextmanager
     def _with_noise(self, on: bool | None) -> Iterator[None]:
-        previous, self._state.on = self._state.on, on
+        previous, self._switch.on = self._switch.on, on
         try:
             yield
         finally:
-            self._state.on = previous
+            self._switch.on = previous
 
     @contextlib.contextmanager
     def sampling(self, seed: int | None = None) -> Iterator[None]:
@@ -279,12 +282,9 @@ class DipModel(BaseTuner):
     ) -> Iterator[None]:
         """As `ensemble`, but with the samples' logits of shape `(k, B, ...)`, or what `combine` makes of them."""
         self._check_no_ensemble()
-        ensemble = Ensemble(self.network, self._site_names(), num_samples, combine, seed)
+        ensemble = Ensemble(self.model, self._active_projections(), num_samples, combine, seed)
         with self._with_noise(on=True), self._running(ensemble):
             yield
-
-    def _site_names(self) -> list[str]:
-        return [projection.site.name for projection in self._active_projections()]
 
     @contextlib.contextmanager
     def sampled_rows(self) -> Iterator[None]:
@@ -303,8 +303,9 @@ class DipModel(BaseTuner):
         if config.num_samples == 1:
             yield
             return
-        expansion = LateExpansion(self.model, self.network.layers_from(self._site_names()), config.num_samples)
-        with self._running(FreshPass(outer.keys, config.sampling == "pairs", expansion)):
+        names = [projection.site.name for projection in self._active_projections()]
+        expansion = LateExpansion(self.model, layers_from(self.model, names), config.num_samples)
+        with self._running(FreshPass(outer.keys, config.uses_pairs, expansion)):
             yield
 
     def calibrate(self, batches: Iterable) -> None:
@@ -373,7 +374,7 @@ class DipModel(BaseTuner):
         def noise(on: bool) -> contextlib.AbstractContextManager[None]:
             return self.sampling(seed=0) if on else self.deterministic()
 
-        return CalibrationLoss(self.network, batches, self.hidden_state_capture, noise)
+        return CalibrationLoss(self.model, batches, self.hidden_state_capture, noise)
 
     @property
     def needs_calibration(self) -> bool:

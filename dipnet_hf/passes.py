@@ -3,28 +3,31 @@
 `FreshPass` is the one of training and of sampling; `Ensemble` (ensemble.py) is the other. A tuner holds one at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .draws import FreshDraw, PassDraws
+from .draws import FreshDraw, SiteDraw
 from .late_expansion import Inputs, LateExpansion
 from .noise import KeySource
+from .projection import DipProjection
 
 
 class Pass(Protocol):
     """What decides a model's forward passes while it is attached."""
 
-    def begin(self, args: tuple, kwargs: dict[str, Any], site_names: list[str]) -> tuple[Inputs | None, PassDraws]:
+    def begin(
+        self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
+    ) -> tuple[Inputs | None, Sequence[SiteDraw]]:
         """Prepare one forward pass.
 
         Args:
             args, kwargs: the model's inputs.
-            site_names (`list[str]`): the sites where noise is on, in the order of the modules; none while it is off.
+            projections (`list[DipProjection]`): the sites where noise is on, in the order of the modules.
 
         Returns:
-            `tuple`: the inputs that the model gets instead, None for its own; and the draws of these sites.
+            `tuple`: the inputs that the model gets instead, None for its own; and the draw of every site.
         """
 
     def attached(self) -> AbstractContextManager[None]:
@@ -45,14 +48,15 @@ class FreshPass:
     antithetic: bool = False
     expansion: LateExpansion | None = None
 
-    def begin(self, args: tuple, kwargs: dict[str, Any], site_names: list[str]) -> tuple[Inputs | None, PassDraws]:
+    def begin(
+        self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
+    ) -> tuple[Inputs | None, Sequence[SiteDraw]]:
         """See `Pass`."""
-        if not site_names:
+        if not projections:
             if self.expansion is not None:
                 self.expansion.stop()  # of a pass that failed
-            return None, PassDraws()
-        keys = self.keys.next(len(site_names))
-        draws = PassDraws({name: FreshDraw(key, self.antithetic) for name, key in zip(site_names, keys, strict=True)})
+            return None, []
+        draws = [FreshDraw(key, self.antithetic) for key in self.keys.next(len(projections))]
         return None if self.expansion is None else self.expansion.expand_copies(args, kwargs), draws
 
     @contextmanager

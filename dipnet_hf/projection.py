@@ -6,6 +6,7 @@ which wrapping the layer would change.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import DipConfig
-from .draws import NoiseState, RecomputeMemory, SiteDraw
+from .draws import RecomputeMemory, SiteDraw
 
 
 class Site(NamedTuple):
@@ -24,6 +25,21 @@ class Site(NamedTuple):
     num_channels: int
     channel_dim: int = -1
     at_output: bool = False
+
+
+@dataclass
+class NoiseSwitch:
+    """Whether noise is on, shared by all sites of a model; None: on in `train()`, off in `eval()`."""
+
+    on: bool | None = None
+
+
+@dataclass
+class SiteUse:
+    """A site's draw in the forward pass that runs now, and how often it was used."""
+
+    draw: SiteDraw | None = None
+    number: int = 0
 
 
 class DipProjection(nn.Module, BaseTunerLayer):
@@ -37,15 +53,16 @@ class DipProjection(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("dip_logvar",)
     other_param_names = ("dip_scale", "dip_init_std")
 
-    def __init__(self, site: Site, state: NoiseState, memory: RecomputeMemory) -> None:
+    def __init__(self, site: Site, switch: NoiseSwitch, memory: RecomputeMemory) -> None:
         super().__init__()
         self.site = site
-        self.state = state
+        self.switch = switch
         self.memory = memory
         self.dip_logvar = nn.ParameterDict()
         self.dip_scale = BufferDict({}, persistent=True)
         self.dip_init_std = BufferDict({}, persistent=True)
         self._init_stds: dict[str, float] = {}  # NaN where an adapter is not calibrated
+        self._use = SiteUse()  # not attributes of the module, which are slow to set
         self.observer: Callable[[torch.Tensor], None] | None = None  # is shown the site's inputs by calibration
         self.register_load_state_dict_post_hook(_note_calibration)
 
@@ -122,7 +139,15 @@ class DipProjection(nn.Module, BaseTunerLayer):
         """Whether noise is on."""
         if self.disable_adapters or self.adapter is None:
             return False
-        return self.training if self.state.on is None else self.state.on
+        return self.training if self.switch.on is None else self.switch.on
+
+    def set_draw(self, draw: SiteDraw) -> None:
+        """Set the draw for the forward pass that starts now."""
+        self._use.draw, self._use.number = draw, 0
+
+    def forget_draw(self) -> None:
+        """Let go of the latest forward pass's draw; an ensemble's holds noise."""
+        self._use.draw = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x`, or a draw of u ~ N(x, scale^2 exp(logvar)) while noise is on; shape and dtype are those of `x`.
@@ -152,13 +177,16 @@ class DipProjection(nn.Module, BaseTunerLayer):
             return self.memory.recall(node, self.site.name)
         if not self.sampling:
             return None
-        name, now = self.site.name, self.state.now
-        if name not in now.by_site:
-            raise RuntimeError(f"Site '{name}' ran before the model's first forward pass began.")
-        number = now.num_uses.get(name, 0) + 1
-        now.num_uses[name] = number
+        use = self._use
+        if use.draw is None:
+            raise RuntimeError(f"Site '{self.site.name}' ran before the model's first forward pass began.")
+        use.number += 1
+        if use.number == 1:
+            return use.draw
         # A site that runs again in one forward pass (a shared layer, a direct call) needs noise of its own there.
-        return now.by_site[name] if number == 1 else now.by_site[name].repeated(number)
+        if not torch.compiler.is_compiling():
+            self.memory.note_repeated(self.site.name)
+        return use.draw.repeated(use.number)
 
     def set_noise(self, scale: torch.Tensor | None = None, std: float | None = None) -> None:
         """Set the active adapter's scale, of shape `(D,)` or one for all, and its initial std; None leaves them."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer
 
-from .architecture import adds_router_loss
+from .architecture import adds_router_loss, shifts_labels
 from .batches import expand_batch, supervised
 from .loss import sampled_data_terms
 from .model import DipModel
@@ -125,7 +125,7 @@ class DipTrainerMixin(_Base):
         if "labels" not in inputs or "shift_labels" in inputs:
             return False
         tuner = self._tuner()
-        if not tuner.network.shifts_labels or adds_router_loss(tuner.model):
+        if not shifts_labels(tuner.model) or adds_router_loss(tuner.model):
             return False
         return tuner.hidden_state_capture.probe().loss_is_plain
 
@@ -159,7 +159,7 @@ class DipTrainerMixin(_Base):
 
     def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """f of eq. (4) at the supervised tokens: `(S * N,)` log-probabilities or `(S * N, V)` logits."""
-        logits, targets = supervised(outputs.logits, labels, self._tuner().network.shifts_labels)
+        logits, targets = supervised(outputs.logits, labels, shifts_labels(self._tuner().model))
         if self._tuner().active_dip_config.stability_target == "logits":
             return logits
         return -F.cross_entropy(logits.float(), targets, reduction="none")

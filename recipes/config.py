@@ -294,7 +294,8 @@ def _check_all_keys(values: dict) -> None:
             "write for instance {peft_type: LORA, r: 16}."
         )
     if values.get("dip") is not None:
-        names = _field_names(DipConfig)
+        # What `DipConfig` takes and does not keep: runs of earlier versions stay readable.
+        names = _field_names(DipConfig) | {"alpha", "beta", "antithetic", "shared_prompt_noise"}
         _check_keys("dip", values["dip"], names - {"weights", *_field_names(PeftConfig)})
     if values.get("evaluation") is not None:
         _check_keys("evaluation", values["evaluation"], _field_names(EvaluationConfig))

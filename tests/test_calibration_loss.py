@@ -13,7 +13,7 @@ def test_labels_are_drawn_from_the_predictions_without_whole_logits():
     expected = predictions(model.eval(), batch).exp()
     model.train()
     loss = CalibrationLoss(
-        network=model.network,
+        model=model.get_base_model(),
         batches=[batch],
         capture=model.hidden_state_capture,
         noise=lambda on: model.sampling() if on else model.deterministic(),

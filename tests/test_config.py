@@ -82,6 +82,7 @@ WEIGHTS = {
         ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
         ({"num_samples": 2.0}, "num_samples must be an integer of at least 1, got 2.0"),
         ({"num_samples": True}, "num_samples must be an integer of at least 1, got True"),
+        ({"sampling": "pairs", "antithetic": True}, "sampling or antithetic, not both"),
         ({"num_samples": 3, "sampling": "pairs"}, 'needs an even num_samples, got 3.*sampling="independent"'),
         (
             {"sampling": "pair"},
@@ -173,7 +174,10 @@ def test_a_file_of_version_0_1_means_what_it_meant(tmp_path):
 
 @pytest.mark.parametrize(("num_samples", "sampling"), [(2, "pairs"), (3, "independent"), (4, "pairs")])
 def test_samples_come_in_pairs_where_they_can(num_samples, sampling):
-    assert DipConfig(num_samples=num_samples).sampling == sampling
+    config = DipConfig(weights="frozen")
+    config.num_samples = num_samples
+    for given in (config, DipConfig(num_samples=num_samples)):
+        assert given.uses_pairs == (sampling == "pairs")
 
 
 def test_the_default_trains_lora_on_all_linears():

@@ -53,8 +53,10 @@ TABLE = {
     "calibration_loss": Row(ours="architecture batches data_loss hidden_states scale", others="accelerate torch"),
     "calibration": Row(ours="calibration_loss config projection scale", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
-    "passes": Row(ours="draws late_expansion noise"),
-    "ensemble": Row(ours="architecture draws late_expansion noise uncertainty", others="peft torch transformers"),
+    "passes": Row(ours="draws late_expansion noise projection"),
+    "ensemble": Row(
+        ours="architecture draws late_expansion noise projection uncertainty", others="peft torch transformers"
+    ),
     "model": Row(
         ours="architecture calibration calibration_loss config draws ensemble hidden_states late_expansion noise "
         "objective passes projection sites weights",

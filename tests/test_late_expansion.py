@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from dipnet_hf.architecture import describe
+from dipnet_hf.architecture import decoder_layers, layers_from
 from dipnet_hf.late_expansion import LateExpansion
 from tests.tiny_models import build
 
 
 def upper_expansion(model, num_samples=3):
     """The expansion at the layers of a model from the second one on."""
-    return LateExpansion(model, [layer for _, layer in describe(model).layers[1:]], num_samples)
+    return LateExpansion(model, layers_from(model, [decoder_layers(model)[1][0]]), num_samples)
 
 
 class Given(nn.Module):

@@ -19,7 +19,7 @@ class Noisy(nn.Module):
     def __init__(self, config, logits):
         super().__init__()
         self.active_dip_config = config
-        self.network = SimpleNamespace(shifts_labels=logits.dim() == 3)
+        self.model = SimpleNamespace(loss_type="ForCausalLM" if logits.dim() == 3 else "ForSequenceClassification")
         self.logits = nn.Parameter(logits)
         self.hidden_state_capture = SimpleNamespace(capturing=lambda shape: contextlib.nullcontext(), pop=lambda: None)
         self.passes = 0

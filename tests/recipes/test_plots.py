@@ -133,7 +133,7 @@ def test_tokens_have_the_information_of_the_position_before(drawn, dip_runs, tmp
     folder = str(dip_runs[weights])
     plots.main(["tokens", folder, "--num-samples=3", "--output", str(tmp_path / "pictures")])
     ((tokens, nats, *_, title),) = drawn["plot_tokens"]
-    assert drawn["write_tokens_html"][0][:2] == (tokens, nats) and "3 trajectories" in title
+    assert drawn["write_tokens_html"][0][:2] == (tokens, nats) and "3 samples" in title
     text = "Question: 12 + 12?\nAnswer: #### 24"
     assert "".join(tokens) == text[1:] and len(tokens) == len(text) - 1, "one token a letter, and none for the first"
     run = plots.load_run(folder)
@@ -141,7 +141,7 @@ def test_tokens_have_the_information_of_the_position_before(drawn, dip_runs, tmp
     prediction = predict(load_dip_run(folder, run), inputs, num_samples=3)
     assert nats == prediction.mutual_information[0, :-1].tolist() and max(nats) > 0
     assert is_png(tmp_path / "pictures" / "tokens.png")
-    assert "3 trajectories" in (tmp_path / "pictures" / "tokens.html").read_text()
+    assert "3 samples" in (tmp_path / "pictures" / "tokens.html").read_text()
 
 
 def test_a_text_of_ones_own_is_cut_at_the_runs_length(drawn, dip_runs, tmp_path):
