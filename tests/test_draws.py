@@ -49,11 +49,15 @@ def test_the_mode_of_the_forward_pass_counts_not_that_of_the_backward_pass(batch
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("layers", [None, [1, 2]], ids=["all layers", "upper layers"])
-def test_checkpointing_changes_no_gradient_of_an_ensemble(batch, layers, use_reentrant):
+@pytest.mark.parametrize(
+    "sites",
+    [{}, {"layers_to_transform": [1, 2]}, {"target_sites": "mlp"}, {"target_sites": "linear"}],
+    ids=["all layers", "upper layers", "mlp", "linear"],
+)
+def test_checkpointing_changes_no_gradient_of_an_ensemble(batch, sites, use_reentrant):
     results = []
     for prepare in (lambda model: model, lambda model: checkpointed(model, dict(use_reentrant=use_reentrant))):
-        model = prepare(dip_llama(batch, layers_to_transform=layers))
+        model = prepare(dip_llama(batch, **sites))
         with model.ensemble(2):
             loss = model(**batch, use_cache=False).loss
         results.append(gradients(model, loss))
