@@ -6,6 +6,7 @@ before any work.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -171,8 +172,8 @@ class DistillConfig:
             _require_positive("compare_samples", number, optional=False)
         if not isinstance(self.heldout_sizes, dict) or not self.heldout_sizes:
             raise ValueError(f"heldout_sizes must be a mapping such as {{all: null}}, got {self.heldout_sizes!r}.")
-        for number in self.heldout_sizes.values():
-            _require_positive("heldout_sizes", number, optional=True)
+        for size in self.heldout_sizes.values():
+            _require_positive("heldout_sizes", size, optional=True)
         if not (_is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
         if not (_is_number(self.data_weight) and 0 <= self.data_weight <= 1):
@@ -203,7 +204,7 @@ def _training_arguments(training: dict) -> TrainingArguments:
     return arguments
 
 
-def load_config(path: str, overrides: list[str] = ()) -> FinetuneConfig:
+def load_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
     """Read a fine-tuning's YAML file, apply `key=value` overrides and check every key.
 
     Args:
@@ -220,7 +221,7 @@ def load_config(path: str, overrides: list[str] = ()) -> FinetuneConfig:
     return FinetuneConfig(**values, evaluation=evaluation)
 
 
-def load_distill_config(path: str, overrides: list[str] = ()) -> DistillConfig:
+def load_distill_config(path: str, overrides: Sequence[str] = ()) -> DistillConfig:
     """Read a distillation's YAML file; arguments and errors are those of `load_config`."""
     values = _read_values(path, overrides)
     _check_keys("", values, _field_names(DistillConfig))

@@ -209,7 +209,7 @@ def _choose_config(dataset: str, wanted: str | None) -> str:
     if wanted is not None and wanted not in names:
         raise ValueError(f"{dataset} has no configuration {wanted}; it has {', '.join(names)}.")
     for name in (wanted, "main", "default"):
-        if name in names:
+        if name is not None and name in names:
             return name
     if len(names) == 1:
         return names[0]

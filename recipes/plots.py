@@ -180,7 +180,7 @@ def token_texts(text: str, ids: list[int], spans: list[list[int]], tokenizer: Pr
     inner = [span for token, span in zip(ids, spans, strict=True) if token not in tokenizer.all_special_ids]
     cuts = [min(end, start) for (_, end), (start, _) in pairwise(inner)]  # spaces may lie between two spans
     pieces = iter([text[start:end] for start, end in pairwise([0, *cuts, inner[-1][1]])] if inner else [])
-    return [tokenizer.decode([token]) if token in tokenizer.all_special_ids else next(pieces) for token in ids]
+    return [str(tokenizer.decode([token])) if token in tokenizer.all_special_ids else next(pieces) for token in ids]
 
 
 # ---- calibration ----
