@@ -231,7 +231,7 @@ def load_distill_config(path: str, overrides: Sequence[str] = ()) -> DistillConf
     return DistillConfig(**values)
 
 
-def _read_values(path: str, overrides: list[str]) -> dict:
+def _read_values(path: str, overrides: Sequence[str]) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"No configuration file at {path}; those of this repository are in recipes/configs/.")
     values = _parse_yaml(Path(path).read_text(encoding="utf-8"), path)
