@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration, TextStreamer
 
-from dipnet_hf import DipConfig, ensemble, get_dip_model, predict
+from dipnet_hf import DipConfig, get_dip_model, noise, predict
 from dipnet_hf.architecture import decoder_layers
 from dipnet_hf.noise import BLOCK_LENGTH, PositionNoise
 from tests.helpers import dip_model, noise_by_definition, projections
@@ -365,7 +365,7 @@ def test_no_noise_is_kept_afterwards(monkeypatch):
             super().__init__(*args)
             alive.add(self)
 
-    monkeypatch.setattr(ensemble, "PositionNoise", Watched)
+    monkeypatch.setattr(noise, "PositionNoise", Watched)
     model, input_ids = model_and_prompts()
     with torch.no_grad(), model.ensemble(num_samples=2):
         model(input_ids=input_ids)

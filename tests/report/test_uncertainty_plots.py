@@ -91,7 +91,7 @@ def test_another_metric(figures, tmp_path):
     [
         ([], "None of the 0 rows has a num_samples"),
         (ROWS[3:5], "None of the 2 rows has a num_samples to draw nll against"),
-        (ROWS + ROWS[:1], "Two rows of dip have num_samples=4 and seed=0; give one row a seed"),
+        (ROWS + ROWS[:1], "Two rows of dip have num_samples=4 and seed=0; give one row per seed"),
         ([{"method": "dip", "num_samples": 2, "seed": 0}], "no nll; it has method, num_samples, seed"),
         ([{**ROWS[0], "num_samples": 0}], "at least 1, or None for one pass without noise, got 0"),
     ],
