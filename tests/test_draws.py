@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from dipnet_hf import dip_loss
+from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from tests.helpers import checkpointed, dip_model, gradients, projections
 from tests.tiny_models import build
 
@@ -151,3 +152,17 @@ def test_checkpointing_the_whole_model(batch, use_reentrant):
         results.append(gradients(model, total))
     for name, gradient in results[0].items():
         assert torch.equal(gradient, results[1][name]), name
+
+
+@pytest.mark.parametrize("target_sites", ["decoder_layer", "attention"])
+def test_layers_compiled_one_by_one_share_their_code(batch, target_sites):
+    """If a site looked its draw up by its name, every layer would be compiled anew."""
+    torch._dynamo.reset()
+    config = DipConfig(weights="full", target_sites=target_sites, noise_scale="absolute", init_noise_std=0.1)
+    model = get_dip_model(build("llama", num_layers=10), config).train()
+    counter = CompileCounter()
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend=counter)
+    for _ in range(2):
+        model(**batch, use_cache=False).loss.backward()
+    assert counter.frame_count <= 2
