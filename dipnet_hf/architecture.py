@@ -25,8 +25,8 @@ NAME_MODULES = (
     "Name the modules whose inputs should be projected with target_modules=[...] or a regex, as in PEFT; "
     "[name for name, _ in model.named_modules()] lists them."
 )
-# The sub-module that this package registers at a site; no question is about it.
-PROJECTION_NAME = "dip_projection"
+# What projection.py registers at a site: no part of the model, so no question is about it.
+_PROJECTION_NAME = "dip_projection"
 TEXT_INPUTS = ("input_ids", "inputs_embeds")
 # Inputs with a row per sequence.
 ROW_INPUTS = (*TEXT_INPUTS, "attention_mask", "position_ids")
@@ -168,7 +168,7 @@ def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if not name.startswith(inside or "\0") and name.rpartition(".")[2] != PROJECTION_NAME
+        if not name.startswith(inside or "\0") and name.rpartition(".")[2] != _PROJECTION_NAME
     ]
 
 
@@ -178,7 +178,7 @@ def input_channels(module: nn.Module) -> tuple[int, int] | None:
     A block tells by its first layer with weights if channels are dimension 1 there, as for a convolution.
     """
     leaf: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    children = [child for name, child in leaf.named_children() if name != PROJECTION_NAME]
+    children = [child for name, child in leaf.named_children() if name != _PROJECTION_NAME]
     if children:
         first = next((child for child in children if next(child.parameters(), None) is not None), None)
         channels = None if first is None else input_channels(first)

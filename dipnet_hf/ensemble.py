@@ -84,7 +84,8 @@ class Ensemble:
             raise ValueError(f"seed must be an integer, got {seed!r}.")
         if not projections:
             raise ValueError(
-                "An ensemble needs the noise of a DIP adapter, and none is active: call set_adapter(name)."
+                "An ensemble needs the noise of a DIP adapter, and none is active: call set_adapter(name). "
+                "A model that was merged or unloaded has none."
             )
         if is_encoder_decoder(model):
             raise ValueError(

@@ -23,7 +23,7 @@ class LateExpansion:
 
     Args:
         model (`nn.Module`): the network.
-        layers (`list[nn.Module]`): its decoder layers from the first projected one on, see `Network.layers_from`.
+        layers (`list[nn.Module]`): its decoder layers from the first projected one on, see `architecture.layers_from`.
             Without any, the rows are repeated at the inputs.
         num_samples (`int`): S.
     """

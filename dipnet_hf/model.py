@@ -488,4 +488,5 @@ class DipModel(BaseTuner):
         self._forward_hook.remove()
         for projection, host in zip(self._projections, hosts, strict=True):
             projection.detach_from(host)
+        self._projections = []  # what is asked of this tuner from now on finds no noise
         return model

@@ -59,9 +59,19 @@ def check_sites(config: DipConfig, site_names: list[str]) -> None:
 
 
 def inject_weights(model: nn.Module, weights: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
-    """Inject the weights' adapter into `model`."""
-    with _own_peft_config(model):
-        inject_adapter_in_model(weights, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    """Inject the weights' adapter into `model`.
+
+    Raises:
+        ValueError: the config does not fit the model; PEFT's reason, and what `weights` may be instead.
+    """
+    try:
+        with _own_peft_config(model):
+            inject_adapter_in_model(weights, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    except ValueError as error:
+        raise ValueError(
+            f"weights: {type(weights).__name__} does not fit {type(model).__name__}. {error} Give a PEFT config that "
+            'names layers of this model (the default is LoRA on all linear ones), "full" or "frozen".'
+        ) from error
 
 
 @contextlib.contextmanager

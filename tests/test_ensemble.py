@@ -441,6 +441,15 @@ def test_the_number_of_samples_is_checked(num_samples):
         model.ensemble(num_samples).__enter__()
 
 
+def test_a_model_that_was_merged_has_no_samples():
+    model, input_ids = model_and_prompts()
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="A model that was merged or unloaded has none"):
+        predict(model, {"input_ids": input_ids}, num_samples=2)
+    with pytest.raises(ValueError, match="A model that was merged or unloaded has none"):
+        model.ensemble(2).__enter__()
+
+
 def test_what_has_no_ensemble_is_refused():
     model, input_ids = model_and_prompts()
     with pytest.raises(ValueError, match=r"average must be one of \['prob', 'logit'\], got 'mean'"):

@@ -28,6 +28,16 @@ assert "dipnet_hf" not in sys.modules
 """
 
 
+@pytest.mark.parametrize("target_modules", ["all-linear", ["nope"]])
+def test_weights_that_find_no_layer_are_named_and_change_nothing(target_modules):
+    base = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3))
+    names = [name for name, _ in base.named_modules()]
+    config = DipConfig(weights=LoraConfig(target_modules=target_modules), target_modules=["1"])
+    with pytest.raises(ValueError, match='weights: LoraConfig does not fit Sequential.*"full" or "frozen"'):
+        get_dip_model(base, config)
+    assert [name for name, _ in base.named_modules()] == names and not hasattr(base, "peft_config")
+
+
 def test_exported_weights_load_without_this_package(tmp_path):
     batch = make_batch("llama")
     torch.save(batch, tmp_path / "batch.pt")
