@@ -12,7 +12,6 @@ Shape legend: S samples, B batch, L sequence, V vocabulary, N supervised tokens,
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,8 +33,18 @@ from dipnet_hf.batches import supervised
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
 from recipes.data import format_prompt, make_collator, prepare_data, read_json_lines
-from recipes.running import check_output_dir, load_base, load_dip_run, load_tokenizer, train
+from recipes.running import (
+    check_output_dir,
+    last_whole_checkpoint,
+    load_base,
+    load_dip_run,
+    load_tokenizer,
+    save_model,
+    train,
+    write_results,
+)
 from report import provenance
+from report.output_folder import occupied, write_whole
 
 Targets = tuple[
     torch.Tensor, torch.Tensor | None
@@ -47,6 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one configuration from the command line's arguments to `results.json`."""
     args = parse_arguments(arguments)
     config = load_distill_config(args.config, args.set)
+    with occupied(config.training["output_dir"]):
+        distil(config)
+
+
+def distil(config: DistillConfig) -> None:
+    """Train the student, compare it with its teacher and write the results."""
     run = load_teacher_config(config.teacher)
     output_dir = Path(config.training["output_dir"])
     check_output_dir(output_dir, config)
@@ -74,10 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
     )
     trainer.set_targets(make_targets(teacher, train_set, collator, config), config)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    train(trainer, get_last_checkpoint(output_dir))
-    trainer.save_model(str(output_dir))
+    write_whole(output_dir / "config.yaml", dump_config(config))
+    train(trainer, last_whole_checkpoint(output_dir))
+    save_model(trainer, output_dir)
     if not trainer.is_world_process_zero():
         return
 
@@ -87,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         "log_history": trainer.state.log_history,
         "provenance": provenance(__file__, {**asdict(config), "teacher_config": asdict(run)}, training_args.seed),
     }
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(output_dir / "results.json", results)
     print_scores(results["scores"])
     print(f"The plain model, its tokenizer, config.yaml and results.json are in {output_dir}")
 

@@ -10,6 +10,7 @@ again with the same configuration.
 """
 
 import argparse
+import json
 import logging
 import sys
 from dataclasses import asdict
@@ -20,7 +21,6 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import is_flash_attention_requested
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
@@ -38,8 +38,17 @@ from recipes.data import (
     read_problems,
     tokenize,
 )
-from recipes.running import check_output_dir, load_base, load_tokenizer, train, write_results
+from recipes.running import (
+    check_output_dir,
+    last_whole_checkpoint,
+    load_base,
+    load_tokenizer,
+    save_model,
+    train,
+    write_results,
+)
 from report import format_summary, provenance
+from report.output_folder import occupied, write_whole
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,6 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dipnet_hf").setLevel(logging.INFO)  # the level of the noise
     config = load_config(args.config, args.set)
+    if args.dry_run:
+        run(config, dry_run=True)
+        return
+    with occupied(config.training["output_dir"]):
+        run(config)
+
+
+def run(config: FinetuneConfig, dry_run: bool = False) -> None:
+    """Train, score and write the results; a dry run only says what it would do."""
     output_dir = Path(config.training["output_dir"])
     check_output_dir(output_dir, config)
     training_args = config.training_arguments()
@@ -75,16 +93,16 @@ def main(arguments: list[str] | None = None) -> None:
         compute_metrics=mean_nll,
     )
     check_scoring(trainer, config, eval_set)
-    if args.dry_run:
+    if dry_run:
         describe(trainer, config, counts)
         return
 
     if trainer.is_world_process_zero():
         write_inputs(output_dir, config, problems)
-    train(trainer, get_last_checkpoint(output_dir))
+    train(trainer, last_whole_checkpoint(output_dir))
     trainer.data_collator = make_collator(tokenizer)  # an ensemble takes padded rows
     evaluated = evaluate(trainer, eval_set)
-    trainer.save_model(str(output_dir))
+    save_model(trainer, output_dir)
     scores = score_model(trainer, tokenizer, config, evaluated, task_sets)
     ensemble_scores = None
     if config.evaluation.num_samples is not None:
@@ -205,9 +223,10 @@ def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:
 def write_inputs(output_dir: Path, config: FinetuneConfig, problems: DatasetDict) -> None:
     """Write the resolved configuration and the held-out problems that scoring reads."""
     (output_dir / "data").mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_whole(output_dir / "config.yaml", dump_config(config))
     if "test" in problems:
-        problems["test"].to_json(output_dir / "data" / "test.jsonl")
+        lines = [json.dumps(problem, ensure_ascii=False) for problem in problems["test"]]
+        write_whole(output_dir / "data" / "test.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def score_model(

@@ -1,7 +1,10 @@
 """What the recipes that train or load a model share: its folder, tokenizer and dtype, training and the result file."""
 
 import json
+import logging
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -9,6 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState
 
 from recipes.config import DistillConfig, FinetuneConfig, dump_config
+from report.output_folder import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 def check_output_dir(output_dir: Path, config: FinetuneConfig | DistillConfig) -> None:
@@ -55,6 +61,25 @@ def load_dip_run(folder: str, run: FinetuneConfig) -> PeftModel:
     return PeftModel.from_pretrained(load_base(run), folder).eval()
 
 
+def last_whole_checkpoint(output_dir: Path) -> str | None:
+    """Find the newest checkpoint that was saved to its end; one that a killed process was writing is passed over."""
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(checkpoint):
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} was not saved to its end and is passed over.")
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Tell by what the Trainer's main process writes last, and by what the other processes write meanwhile."""
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError):
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("rng_state*.pth"))
+
+
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, from a checkpoint if there is one.
 
@@ -70,9 +95,20 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
+def save_model(trainer: Trainer, output_dir: Path) -> None:
+    """Save the trained model and its tokenizer beside their final names, and rename them when all are whole."""
+    beside = output_dir / "model.partial"
+    trainer.save_model(str(beside))
+    if trainer.is_world_process_zero():
+        for path in beside.iterdir():
+            os.replace(path, output_dir / path.name)
+        beside.rmdir()
+    trainer.accelerator.wait_for_everyone()
+
+
 def write_results(path: Path, results: dict) -> None:
     """Write a result file as JSON that a person can read: one entry per line, but lists of numbers on one."""
     text = json.dumps(results, indent=1)
     # The line breaks tell a list from a string.
     text = re.sub(r"\[\n\s+([-+.\deE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)

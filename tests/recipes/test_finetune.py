@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from recipes import finetune
 from recipes.data import format_prompt
+from report.output_folder import occupied
 from tests.helpers import losses, read_results
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +161,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, dip, weights):
     resumed = run(name="resumed", dip=dip, weights=weights)
     assert read_results(resumed)["metrics"]["eval_nll"] == read_results(whole)["metrics"]["eval_nll"]
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 4
+
+
+def test_a_run_killed_within_a_save_resumes_from_the_checkpoint_before(run, tmp_path):
+    whole = run(name="whole", dip={"init_noise_std": 0.1})
+    resumed = tmp_path / "resumed"
+    for step in (2, 4):
+        shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+    for file in ("trainer_state.json", "optimizer.pt"):
+        (resumed / "checkpoint-4" / file).unlink()
+    run(name="resumed", dip={"init_noise_std": 0.1})
+    assert losses(resumed) == losses(whole)
+    assert (resumed / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_two_runs_do_not_write_to_one_folder(run, tmp_path):
+    with occupied(tmp_path / "run"), pytest.raises(ValueError, match="Another run writes to .*run now"):
+        run(max_steps=1)
+    run(max_steps=1)
 
 
 def test_dry_run_tells_and_stops(run, capsys):

@@ -1,0 +1,40 @@
+"""Checkpoints of which a killed process left a part, and a model that is saved whole."""
+
+import pytest
+import torch
+from transformers import TrainerState
+
+from recipes.running import last_whole_checkpoint
+
+
+def save_checkpoint(folder, step):
+    """Write what tells a whole checkpoint, in the Trainer's order."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"weights")
+    torch.save({"cpu": torch.random.get_rng_state()}, checkpoint / "rng_state.pth")
+    TrainerState(global_step=step).save_to_json(str(checkpoint / "trainer_state.json"))
+    return checkpoint
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_latest_step(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    for step in (100, 20, 3):
+        save_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("share", [0, 0.5], ids=["empty", "half"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog, file, share):
+    whole, torn = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 4) / file
+    data = torn.read_bytes()
+    torn.write_bytes(data[: int(share * len(data))])
+    assert last_whole_checkpoint(tmp_path) == str(whole)
+    assert "checkpoint-4 was not saved to its end" in caplog.text
+
+
+def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
+    (save_checkpoint(tmp_path, 4) / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(tmp_path) is None
