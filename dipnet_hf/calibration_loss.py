@@ -38,6 +38,12 @@ class CalibrationLoss:
         capture: HiddenStateCapture,
         noise: Callable[[bool], AbstractContextManager[None]],
     ) -> None:
+        for batch in batches:
+            if not isinstance(batch, (Mapping, torch.Tensor)):
+                raise TypeError(
+                    f"Calibration takes a list of batches, each a mapping or a tensor, got {type(batch).__name__} "
+                    "among them. One batch alone is given as [batch]."
+                )
         self._model: Any = model
         self._capture = capture
         self._noise = noise

@@ -326,6 +326,7 @@ class DipModel(BaseTuner):
             ValueError: noise is disabled or in an ensemble; there is no batch, a site never ran, its input is not
                 finite or of another width, or all its channels are constant; the loss is not finite; with `"auto"`,
                 there are no labels, or no noise raises the loss so far. The adapter is then as it was before.
+            TypeError: a batch is neither a mapping nor a tensor.
         """
         self._check_calibration()
         batches = list(batches)

@@ -35,3 +35,5 @@ def _parse_json(text: str, path: str, first_line: int):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}, line {line} is not valid JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise ValueError(f"{path}, line {first_line} or later is not JSON that can be read: {error}.") from error
