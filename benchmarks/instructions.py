@@ -107,7 +107,7 @@ def compile_kernel(direction: str, capability: int, antithetic: bool, approximat
 
 
 def _num_blocks() -> int:
-    return kernels._ROWS_A_PROGRAM // kernels._blocks(HIDDEN_SIZE // 4)[0]
+    return kernels._ROWS_PER_PROGRAM // kernels._blocks(HIDDEN_SIZE // 4)[0]
 
 
 def instructions_an_element(compiled, direction: str, antithetic: bool) -> float:

@@ -14,7 +14,8 @@ IGNORE_INDEX = -100
 def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
     """Repeat every row of `batch` once per sample, sample by sample.
 
-    Boundaries of sequences in one row, of packed and padding-free data, go on where the last sample ended.
+    With packed or padding-free data, where a row holds several sequences, the boundaries of each sample's sequences
+    continue where those of the sample before ended.
 
     Args:
         batch (`dict`): model inputs with `labels`, whose first dimension is the batch.
@@ -24,7 +25,7 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
         return batch
     if "labels" not in batch:
         raise ValueError(
-            f"num_samples={num_samples} repeats the rows of `labels`, and the batch has only {sorted(batch)}."
+            f"num_samples={num_samples} repeats the rows of `labels`, but the batch has only {sorted(batch)}."
         )
     rows = batch["labels"].shape[0]
     expanded = {**batch, **_boundaries(batch)}
@@ -38,14 +39,17 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
             expanded[name] = value.repeat(num_samples, *[1] * (value.dim() - 1))
         else:
             raise ValueError(
-                f"num_samples={num_samples} repeats the rows of a batch, and {name} of shape {tuple(value.shape)} "
+                f"num_samples={num_samples} repeats the rows of a batch, but {name} of shape {tuple(value.shape)} "
                 f"does not have one for each of the {rows} rows. Use num_samples=1."
             )
     return expanded
 
 
 def _boundaries(batch: dict[str, Any]) -> dict[str, Any]:
-    """The boundaries of sequences in one row that only positions tell: in several rows flash attention sees none."""
+    """The boundaries of one row's sequences, if only its positions tell them.
+
+    Flash attention finds them in the positions of a single row, but not in those of several rows.
+    """
     positions = batch.get("position_ids")
     known = any(name.startswith("cu_seq_lens") for name in batch)
     if known or positions is None or positions.dim() != 2 or len(positions) > 1 or (positions == 0).sum() < 2:

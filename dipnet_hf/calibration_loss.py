@@ -1,4 +1,4 @@
-"""The loss by which calibration finds the level of the noise: that of its batches, per supervised token.
+"""The loss by which calibration finds the level of the noise: the mean over its batches' supervised tokens.
 
 Shape legend: N supervised tokens, V vocabulary.
 """
@@ -22,13 +22,13 @@ _TOKENS_DRAWN_AT_ONCE = 256  # their probabilities take 268 MB at a vocabulary o
 
 
 class CalibrationLoss:
-    """A model's mean loss over some batches of all processes, with noise and without.
+    """A model's mean loss over the batches of all processes, with noise or without.
 
     Args:
         model (`nn.Module`): the network.
-        batches (`list`): of which it will be asked; they tell whether there are labels.
+        batches (`list`): those of the calibration; only used to find out whether there are labels.
         capture (`HiddenStateCapture`): of the network.
-        noise (`Callable`): whether noise is on, to a context in which it is so; the same draws every time.
+        noise (`Callable`): `noise(on)` gives a context with noise on or off; the draws are the same every time.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class CalibrationLoss:
         self._noise = noise
         self._shifts = shifts_labels(model)
         has_labels = any(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches)
-        # Asked here, because the model runs for it, and calibration observes later runs.
+        # Probed here already: the probe runs the model, and calibration observes what runs later.
         self._is_plain = has_labels and self._shifts and capture.probe().loss_is_plain
 
     def mean(self, batches: Iterable, noise: bool) -> float | None:
-        """The loss in nats per supervised token, None where no batch has one."""
+        """The loss in nats per supervised token; None if there is no such token."""
         device = next(self._model.parameters()).device
         total = torch.zeros(2, dtype=torch.float64)
         with self._noise(noise):
@@ -65,14 +65,14 @@ class CalibrationLoss:
         return float(total[0] / total[1]) if total[1] > 0 else None
 
     def _sum(self, batch: Any) -> torch.Tensor:
-        """A batch's loss, summed over its supervised tokens, and their number; zeros where the model computes none."""
+        """The sum of a batch's loss over its supervised tokens, and their number; zeros if the model gives no loss."""
         if isinstance(batch, torch.Tensor):
             self._model(batch)
             return torch.zeros(2)
         labels = batch.get("labels")
         if labels is None or "labels" not in inspect.signature(self._model.forward).parameters:
             outputs = self._model(**{name: value for name, value in batch.items() if name != "labels"})
-            loss = getattr(outputs, "loss", None)  # of labels by other names
+            loss = getattr(outputs, "loss", None)  # from labels with another name
             return torch.zeros(2) if loss is None else torch.tensor([float(loss), 1.0])
         if self._is_plain and "shift_labels" not in batch:
             terms, _ = data_terms(self._model, batch, self._shifts, self._capture)
@@ -80,13 +80,15 @@ class CalibrationLoss:
         loss = getattr(self._model(**batch), "loss", None)
         targets = labels[:, 1:] if self._shifts else labels
         num_items = int((targets != IGNORE_INDEX).sum()) if isinstance(targets, torch.Tensor) else len(targets)
-        return torch.zeros(2) if loss is None or not num_items else torch.tensor([float(loss) * num_items, num_items])
+        if loss is None or not num_items:
+            return torch.zeros(2)
+        return torch.tensor([float(loss) * num_items, num_items])
 
     def draw_labels(self, batch: Any, seed: int) -> Any:
         """Replace a batch's labels by draws from the noise-free predictions.
 
-        They are left as they are where they are not classes, where the labels are inputs too (of a decoder), and where
-        the model's outputs are not one prediction per label.
+        Labels stay as they are if they are not classes, if they are inputs too (of a decoder), or if the model's
+        outputs are not one prediction per label.
         """
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or "shift_labels" in batch:
@@ -102,7 +104,7 @@ class CalibrationLoss:
             return batch
         shift = int(self._shifts)
         labels = labels.to(states.device, copy=True)
-        targets, states = labels[..., shift:], states.narrow(-2, 0, labels.shape[-1] - shift)  # views
+        targets, states = labels[..., shift:], states.narrow(-2, 0, labels.shape[-1] - shift)  # views of them
         mask = targets != IGNORE_INDEX
         if mask.any():
             generator = torch.Generator(states.device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The model card of a saved adapter: from a folder to its README.md, so that it can be written again at any time."""
+"""The model card of a saved adapter: made from its folder alone, so that it can be written again at any time."""
 
 import json
 import math
@@ -16,7 +16,7 @@ _BEGIN, _END = "<!-- dipnet_hf begin -->", "<!-- dipnet_hf end -->"
 def write_model_card(
     folder: str | os.PathLike, training_data: str | None = None, metrics: dict[str, float] | None = None
 ) -> None:
-    """Write this package's section into the `README.md` of a saved adapter, keeping what else stands there.
+    """Write this package's section into the `README.md` of a saved adapter, and keep the rest of it.
 
     Args:
         folder (`str`): holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -34,7 +34,7 @@ def write_model_card(
 
     section = f"{_BEGIN}\n{_section(folder, config, training_data, metrics)}\n{_END}"
     template = ModelCard.from_template(ModelCardData()).text.strip()
-    text = card.text.replace(template, "")  # unfilled it says nothing
+    text = card.text.replace(template, "")  # the empty template says nothing
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     card.text = "\n\n".join(part.strip() for part in (before, section, after) if part.strip())
@@ -95,8 +95,8 @@ def read_noise(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Read the learned noise of a saved adapter.
 
     Returns:
-        `dict`: by site name, `scale` (a list with one value per channel) and `std` (the same, or of one value for all
-        channels, in units of the scale).
+        `dict`: by site name, the lists `scale` (one value per channel) and `std` (one value per channel, or one for
+        all, in units of the scale).
     """
     noise: dict[str, dict[str, Any]] = {}
     with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:

@@ -1,7 +1,7 @@
 """Eqs. (2) and (4) from the hidden states before the output head, in chunks of the supervised tokens.
 
-The logits of all tokens never exist together. Gradients are computed with the loss, chunk by chunk, so that no chunk's
-logits are computed twice.
+The logits of all tokens never exist at the same time. Each chunk's gradients are computed together with its loss, so
+that no logits are computed twice.
 
 Shape legend: S samples, N supervised tokens, D hidden size, V vocabulary. Rows of `(S * N, ...)` are sample by sample.
 """
@@ -13,15 +13,15 @@ import torch.nn.functional as F
 
 from .objective import Terms
 
-# Logits in a chunk: on a CPU few enough for the cache, on a GPU enough rows to fill it.
+# Logits per chunk: few enough for a CPU's cache, enough to keep a GPU busy.
 _MAX_CHUNK_LOGITS = {"cpu": 2**22}
 _MAX_CHUNK_LOGITS_GPU = 2**27
 
 
 class OutputHead(NamedTuple):
-    """Logits are `softcap * tanh(scale * (h W^T + b) / softcap)`; `softcap=None` is without the tanh.
+    """Logits are `softcap * tanh(scale * (h W^T + b) / softcap)`; `softcap=None` leaves the tanh out.
 
-    The product is taken in `dtype` (that of autocast, say), everything after it in float32.
+    The product is computed in `dtype` (autocast's, for example), everything after it in float32.
     """
 
     weight_VD: torch.Tensor
@@ -48,14 +48,14 @@ def chunked_loss(
     stability_weight: float = 0.0,
     stability_target: str = "log_prob",
 ) -> Terms:
-    """Compute eq. (2), and eq. (4) times its weight, of `num_samples` samples' hidden states.
+    """Compute eq. (2), and eq. (4) times its weight, from the hidden states of `num_samples` samples.
 
-    `total` can be differentiated once: its gradients are kept in place of the logits.
+    `total` can be differentiated once: its gradients are kept instead of the logits.
 
     Args:
         hidden_RD (`torch.Tensor` of shape `(S * N, D)`): the head's inputs at the supervised tokens, sample by sample.
         targets_R (`torch.Tensor` of shape `(S * N,)`): int64, the same in every sample.
-        head (`OutputHead`): its weight may be tied; gradients over chunks are added up in float32.
+        head (`OutputHead`): its weight may be tied. Gradients are summed over the chunks in float32.
         num_samples (`int`): S, at least 2 for a `stability_weight` that is not zero.
         stability_weight (`float`): of eq. (4).
         stability_target (`str`): `"log_prob"` of the target, or `"logits"`, summed over V.
@@ -83,12 +83,11 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_SND = hidden_RD.unflatten(0, (num_samples, -1))
         targets_SN = targets_R.unflatten(0, (num_samples, -1))
         dtype = torch.promote_types(head.dtype, torch.float32)
-        grads = [
-            None if tensor is None or not (needed and has_graph) else torch.zeros_like(tensor, dtype=tensor_dtype)
-            for tensor, needed, tensor_dtype in zip(
-                (hidden_SND, weight_VD, bias_V), ctx.needs_input_grad, (hidden_RD.dtype, dtype, dtype), strict=False
-            )
-        ]
+        needs_hidden, needs_weight, needs_bias = (needed and has_graph for needed in ctx.needs_input_grad[:3])
+        hidden_grad = torch.zeros_like(hidden_SND) if needs_hidden else None
+        # Sums over the chunks, which a lower precision would round again at every chunk.
+        weight_grad = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
+        bias_grad = torch.zeros_like(bias_V, dtype=dtype) if needs_bias else None
         terms = torch.zeros(2, dtype=dtype, device=hidden_RD.device)
         chunk = max(1, _max_chunk_logits(hidden_RD.device) // (num_samples * len(weight_VD)))
         weight = weight_VD.to(head.dtype)
@@ -96,26 +95,24 @@ class _ChunkedLoss(torch.autograd.Function):
             tokens = slice(start, start + chunk)
             hidden = hidden_SND[:, tokens].flatten(0, 1).to(head.dtype)
             logits = head._replace(weight_VD=weight).logits(hidden)
-            grad = _logits_gradient(
-                terms, logits, targets_SN[:, tokens], head, stability_weight, stability_target
-            )  # with respect to the product
-            if grads[2] is not None:
-                grads[2] += grad.sum(0)
+            grad = _logits_gradient(terms, logits, targets_SN[:, tokens], head, stability_weight, stability_target)
+            if bias_grad is not None:
+                bias_grad += grad.sum(0)
             grad = grad.to(head.dtype)
-            if grads[0] is not None:
-                grads[0][:, tokens] = (grad @ weight).unflatten(0, (num_samples, -1))
-            if grads[1] is not None:
-                _add_product(grads[1], grad.T, hidden)
+            if hidden_grad is not None:
+                hidden_grad[:, tokens] = (grad @ weight).unflatten(0, (num_samples, -1))
+            if weight_grad is not None:
+                _add_product(weight_grad, grad.T, hidden)
             del logits, grad  # before the next chunk needs the memory
-        ctx.grads = [None if grad is None else grad.flatten(0, 1) if grad.dim() == 3 else grad for grad in grads]
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_RD, weight_VD, bias_V)]
+        ctx.grads = [None if hidden_grad is None else hidden_grad.flatten(0, 1), weight_grad, bias_grad]
+        ctx.dtypes = [hidden_RD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype]
         ctx.mark_non_differentiable(terms)
         return terms.sum(), terms
 
     @staticmethod
     def backward(ctx, grad_total, _):
         if ctx.grads is None:
-            raise RuntimeError("This loss has been differentiated before, and its gradients were given away then.")
+            raise RuntimeError("This loss was differentiated before, and its gradients are freed: compute it again.")
         grads, ctx.grads = ctx.grads, None
         scaled = [
             None if grad is None else grad.mul_(grad_total).to(dtype)
@@ -136,7 +133,7 @@ def _logits_gradient(
     stability_weight: float,
     stability_target: str,
 ) -> torch.Tensor:
-    """Add a chunk's two terms to `terms`; returns their gradient with respect to `h W^T + b`, of shape `(R, V)`.
+    """Add a chunk's two terms to `terms`, and return their gradient with respect to `h W^T + b`, of shape `(R, V)`.
 
     With `c = log p(target)` and w the weight: d nll / d c = -1 / S, d stability / d c = 2 w (c - mean_s c) / (S - 1),
     and likewise for logits. `logits_RV` is overwritten.
@@ -154,9 +151,10 @@ def _logits_gradient(
         grad_chosen_SN += 2 * share * deviations_SN
     grad_chosen_R1 = grad_chosen_SN.view(-1, 1)
     grad_RV = log_probs_RV.exp_().mul_(-grad_chosen_R1).scatter_add_(-1, targets_R1, grad_chosen_R1)
-    slope_RV = None if head.softcap is None else 1 - (logits_RV / head.softcap).square_()  # of the tanh
+    # The tanh's derivative, taken before the logits are overwritten.
+    slope_RV = None if head.softcap is None else 1 - (logits_RV / head.softcap).square_()
     if stability_weight and stability_target == "logits":
-        samples_SNV = logits_RV.view(*targets_SN.shape, -1)
+        samples_SNV = logits_RV.view(*targets_SN.shape, -1)  # shares the memory, so the next line changes `logits_RV`
         samples_SNV -= samples_SNV.mean(0)
         terms[1] += share * torch.linalg.vector_norm(samples_SNV).square()
         grad_RV.add_(logits_RV, alpha=2 * share)
@@ -166,7 +164,7 @@ def _logits_gradient(
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add `a @ b` to `total`, which is of at least float32. A sum over tokens may be too large for float16."""
+    """Add `a @ b` to `total`, which is at least float32. In float16 the product, a sum over tokens, might overflow."""
     if a.dtype in (total.dtype, torch.float16):
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:

@@ -1,4 +1,4 @@
-"""What decides a site's noise in one forward pass: fresh noise, noise by position, or that of a pass being recomputed.
+"""A site's noise in one forward pass: fresh, a function of position, or repeated when a layer is recomputed.
 
 Shape legend: S samples, B batch, L sequence, D hidden size.
 """
@@ -10,7 +10,7 @@ import torch
 
 from .noise import PositionNoise, Positions, add_noise, fold_in, project, shaped_std
 
-# Far more than the forward passes that wait for their backward pass at any time.
+# Far more forward passes than ever wait for their backward pass at the same time.
 _MAX_REMEMBERED_FORWARDS = 256
 
 
@@ -54,12 +54,12 @@ class PositionDraw(NamedTuple):
             return add_noise(x.unflatten(0, (self.num_samples, -1)), noise, std).flatten(0, 1)
         noise = self.noise.at(self.positions, x.shape[-1], x.device)
         rows, length = x.shape[0] // self.num_samples, noise.shape[2]
-        if x.dim() == 2:  # an expert's or OPT's layer, whose tokens are in one row
+        if x.dim() == 2:  # experts and OPT's layers get the tokens of all rows in one dimension
             rows = rows // length
         if x.numel() != self.num_samples * rows * length * x.shape[-1]:
             raise ValueError(
-                f"An ensemble's noise is one of each token, and a site's input of shape {tuple(x.shape)} does not "
-                f"hold {self.num_samples} samples of {length} tokens. Choose sites that see every token."
+                f"An ensemble draws noise for every token, but a site's input of shape {tuple(x.shape)} does not hold "
+                f"{self.num_samples} samples of {length} tokens. Choose sites that see every token."
             )
         x_SBLD = x.reshape(self.num_samples, rows, length, x.shape[-1])
         return add_noise(x_SBLD, noise, shaped_std(x, logvar, scale, -1)).view(x.shape)
@@ -72,10 +72,10 @@ class PositionDraw(NamedTuple):
 class RecomputeMemory:
     """The draws of recent forward passes, found again when a checkpointed layer is recomputed.
 
-    A layer is recomputed within a backward pass, while the engine evaluates a node of the graph that the layer's
-    forward pass built. Nodes are numbered as they are made, so the node's number tells which forward pass that was,
-    even if others have begun since. (A reentrant checkpoint within another makes its nodes late: there the latest
-    forward pass is taken.)
+    A layer is recomputed within a backward pass, while autograd evaluates a node of the graph that the layer's forward
+    pass built. Nodes are numbered in the order of their creation, so the node's number tells which forward pass that
+    was, even if others have begun since. (A reentrant checkpoint within another creates its nodes late: the latest
+    forward pass is taken then.)
     """
 
     def __init__(self) -> None:
@@ -83,17 +83,18 @@ class RecomputeMemory:
         self.blind = False  # set by a compiled forward pass, which cannot be remembered
 
     def remember(self, draws: dict[str, SiteDraw | None]) -> None:
-        """Note the draws, by site name, of a forward pass that begins now; there are none while noise is off."""
+        """Note the draws, by site name, of the forward pass that begins now; a site without noise has none."""
         self._forwards.append((torch.autograd._get_sequence_nr(), draws))
 
     def note_repeated(self, name: str) -> None:
-        """Note that the site ran several times in the latest forward pass, so that one draw cannot stand for it."""
+        """Note that the site ran several times in the latest forward pass, so that no one draw repeats its noise."""
         if self._forwards and name in self._forwards[-1][1]:
             self._forwards[-1][1][name] = None
 
     def recall(self, node: torch.autograd.graph.Node, name: str) -> SiteDraw | None:
         """The draw that the site had in the forward pass that made `node`, None if noise was off."""
         number = node._sequence_nr()
+        # Those of the latest pass that began before the node was created.
         draws = next((draws for first_node, draws in reversed(self._forwards) if first_node <= number), None)
         if self.blind:
             raise RuntimeError(

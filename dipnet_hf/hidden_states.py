@@ -13,7 +13,7 @@ from .chunked_loss import OutputHead
 
 
 class HiddenStateCapture:
-    """Captures the hidden states of a forward pass before the output head, which sees no token then.
+    """Captures the hidden states that a forward pass gives to the output head, and gives the head no token instead.
 
     Args:
         model (`nn.Module`): the network.
@@ -30,8 +30,8 @@ class HiddenStateCapture:
     def capturing(self, rows_and_length: torch.Size) -> Iterator[None]:
         """In this context's forward pass, capture the hidden states of shape `(*rows_and_length, D)`.
 
-        Nothing is captured, and the logits are complete, where the head is not a plain linear layer (an adapter is on
-        it, it is quantized or sharded), in a compiled model, and where the probe found other logits.
+        Nothing is captured, and the logits are complete, if the head is not a plain linear layer (it has an adapter,
+        is quantized or sharded), if the model is compiled, or if its logits are not the head's plain output.
         """
         head = plain_head(self._model)
         if head is None or not self._probe(head).logits_are_plain:
@@ -52,14 +52,14 @@ class HiddenStateCapture:
             self._captured = None
 
     def pop(self) -> tuple[torch.Tensor, OutputHead] | None:
-        """The hidden states of shape `(rows, L, D)` and the head of this context's pass, if they were captured."""
+        """Take the hidden states, of shape `(rows, L, D)`, and their head; None if nothing was captured."""
         captured, self._captured = self._captured, None
         return captured
 
     def probe(self) -> ModelProbe:
-        """What a forward pass of a few tokens tells of the model; it runs once, and again after a change.
+        """What a forward pass of a few tokens tells about the model. It runs once, and again if the model has changed.
 
-        A warning says so if the head is a plain one and its logits are not.
+        Warns if the head is a plain linear layer but the logits are not its plain output.
         """
         return self._probe(plain_head(self._model))
 

@@ -24,19 +24,20 @@ class LateExpansion:
     Args:
         model (`nn.Module`): the network.
         layers (`list[nn.Module]`): its decoder layers from the first projected one on, see `architecture.layers_from`.
-            Without any, the rows are repeated at the inputs.
+            If the list is empty, the rows are repeated at the inputs.
         num_samples (`int`): S.
     """
 
     model: nn.Module
     layers: list[nn.Module]
     num_samples: int
-    _num_rows: int | None = None  # B while a forward pass runs that is expanded at the layers
+    _num_rows: int | None = None  # B, during a forward pass that is expanded at the layers
+    # The tensors of this pass that were repeated, each beside its copies, by their id.
     _repeated: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook on to the layers, before the noise does."""
+        """Context in which hooks on the layers expand a pass, before those of the noise run."""
         hooks = [
             layer.register_forward_pre_hook(self._expand_at_layer, prepend=True, with_kwargs=True)
             for layer in self.layers
@@ -49,10 +50,10 @@ class LateExpansion:
                 hook.remove()
 
     def expand(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
-        """Expand the pass that begins now: without gradients at the layers if that can be, else these inputs.
+        """Expand the pass that begins now: at the layers if that is possible without gradients, else at the inputs.
 
         Raises:
-            ValueError: an input whose rows cannot be repeated.
+            ValueError: the rows of an input cannot be repeated.
         """
         self.start(num_rows)
         if self.layers and not torch.is_grad_enabled() and not needs_whole_rows(self.model, inputs):
@@ -64,14 +65,14 @@ class LateExpansion:
     def _expand_input(self, name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() < 2:
             return value
-        if name == "position_ids" and value.dim() == 3:  # of several axes, for images within text
+        if name == "position_ids" and value.dim() == 3:  # of shape (axes, B, L), for images within text
             return value.repeat(1, self.num_samples, 1)
         if value.shape[0] == self._num_rows:
             return self.repeat(value)
         if value.shape[0] == 1:
             return value
         raise ValueError(
-            f"An ensemble repeats the rows of its inputs, and {name} of shape {tuple(value.shape)} does not have one "
+            f"An ensemble repeats the rows of its inputs, but {name} of shape {tuple(value.shape)} does not have one "
             f"for each of the {self._num_rows} rows. Draw the samples one by one with model.sampling(seed)."
         )
 
@@ -80,32 +81,32 @@ class LateExpansion:
         self._num_rows, self._repeated = num_rows, {}
 
     def stop(self) -> None:
-        """Let go of the pass's tensors; passes to come run as they are."""
+        """Forget the pass and its tensors; later passes are not expanded."""
         self._num_rows, self._repeated = None, {}
 
     def expand_copies(self, args: tuple, inputs: dict[str, Any]) -> Inputs | None:
-        """Keep the first of S equal copies of the rows, and expand it at the layers; None where that cannot be.
+        """Reduce S equal copies of the rows to the first one, for expansion at the layers; None if it is impossible.
 
-        A backward pass may recompute the layers. Labels, which are compared with the output, keep all rows.
+        A backward pass may recompute the layers. Labels keep all rows, because the output has all rows.
         """
-        self.stop()  # a pass that failed
+        self.stop()  # the pass before may have failed
         if not self.layers or args or not self._are_copies(inputs) or needs_whole_rows(self.model, inputs):
             return None
-        # Recomputed without the hooks, a layer would be given its input before the expansion.
+        # A layer that is recomputed without the hooks would get its input without the expansion.
         if recomputes_without_hooks(self.model, self.layers):
             return None
         name = next(name for name in ROW_INPUTS if inputs.get(name) is not None)
         num_rows = inputs[name].shape[0] // self.num_samples
         self.start(num_rows)
-        first = {
-            name: value[:num_rows] if name in ROW_INPUTS and isinstance(value, torch.Tensor) else value
-            for name, value in inputs.items()
-        }
+        first = dict(inputs)
+        for name in ROW_INPUTS:
+            if isinstance(inputs.get(name), torch.Tensor):
+                first[name] = inputs[name][:num_rows]
         return (), first
 
     @staticmethod
     def _are_copies(inputs: dict[str, Any]) -> bool:
-        """Whether every input is known to hold its copies by rows; images and boundaries of sequences are not."""
+        """Whether every input is known to hold the copies in its rows, unlike images and boundaries of sequences."""
         if torch.compiler.is_compiling() or all(inputs.get(name) is None for name in TEXT_INPUTS):
             return False
         others = [value for name, value in inputs.items() if name not in (*ROW_INPUTS, *_LABELS)]
@@ -115,18 +116,18 @@ class LateExpansion:
         return positions is None or positions.dim() < 3
 
     def repeat(self, value: torch.Tensor) -> torch.Tensor:
-        """Repeat rows sample by sample, each tensor once per forward pass."""
+        """Repeat the rows sample by sample. Layers share tensors, so each is repeated once per forward pass."""
         if self.num_samples == 1:
             return value
         if id(value) not in self._repeated:
             repeated = value.repeat(self.num_samples, *[1] * (value.dim() - 1))
-            self._repeated[id(value)] = (value, repeated)  # the tensor too, so that its id stays its own
+            self._repeated[id(value)] = (value, repeated)  # kept, because a freed tensor's id may be used again
         return self._repeated[id(value)][1]
 
     def _expand_at_layer(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        """Repeat what a layer is given for one row each: its input, if it is the first one, masks and rotations."""
+        """Repeat what a layer gets with B rows: masks, rotations and, in the first layer, the hidden states."""
         if self._num_rows is None:
             return None
         repeated = {name: self._repeat_nested(value) for name, value in kwargs.items()}

@@ -20,12 +20,12 @@ def new_key() -> torch.Tensor:
 
 
 class KeySource:
-    """The keys of forward passes: fresh from PyTorch's global generator, or functions of a seed and the pass's number.
+    """Draws the keys of forward passes: from PyTorch's global generator, or as a function of a seed.
 
-    Processes have different keys, as they are often seeded alike.
+    The process's rank changes the keys, because processes often have the same seed.
 
     Args:
-        seed (`int`, *optional*): the n-th pass's keys are a function of it.
+        seed (`int`, *optional*): makes the keys of the n-th pass a function of it, n and the rank.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -71,8 +71,8 @@ def fold_in(key: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
 def draw_noise(x: torch.Tensor, key: torch.Tensor, antithetic: bool = False) -> torch.Tensor:
     """Draw the standard normal noise that `key` stands for, float32, with the shape and on the device of `x`.
 
-    A device's generator takes what it can of the key: the CPU's the low 32 bits. Where Triton runs, `project` draws
-    other noise: that of `kernels.projection`.
+    The CPU's generator uses only the low 32 bits of the key. Where Triton runs, `project` draws other noise for the
+    same key: that of `kernels.projection`.
 
     With `antithetic`, the second half of the rows is the negative of the first.
 
@@ -96,26 +96,26 @@ def _check_pairs(x: torch.Tensor, antithetic: bool) -> None:
 
 
 class Positions(NamedTuple):
-    """Where the tokens of one forward pass stand: blocks of positions, and each token's place in them."""
+    """The positions of a forward pass's tokens: the blocks they are in, and each token's index into the blocks."""
 
     blocks: list[int]
-    index_RL: (
-        torch.Tensor | slice
-    )  # into the concatenated blocks; a slice if all rows are at the same run of positions
-    last_blocks: list[int]  # those that the next tokens fall into, or follow
+    # Into the concatenated blocks; a slice if all rows have the same consecutive positions.
+    index_RL: torch.Tensor | slice
+    last_blocks: list[int]  # of the rows' last tokens: the next token is in the same block or begins a new one
 
 
 BLOCK_LENGTH = 32
 
 
 def locate(positions_RL: torch.Tensor, device: torch.device) -> Positions:
-    """Find the blocks of positions (int64 on the CPU, at least 0) and the tokens' places in them, on `device`."""
-    if positions_RL.numel() == 1:  # a step of decoding, for which the operations below would take longer than a site
+    """Find the blocks of the positions (int64 on the CPU, at least 0) and the tokens' index into them, on `device`."""
+    if positions_RL.numel() == 1:  # a decoding step: the operations below would take longer than a site
         block, offset = divmod(int(positions_RL), BLOCK_LENGTH)
         return Positions([block], slice(offset, offset + 1), [block])
     blocks = (positions_RL // BLOCK_LENGTH).unique()
     last_blocks = (positions_RL[:, -1] // BLOCK_LENGTH).unique().tolist()
     start, length = int(positions_RL[0, 0]), positions_RL.shape[1]
+    # Without padding all rows have the same positions, and can share one copy of the noise.
     run = torch.arange(start, start + length, device=positions_RL.device)
     if torch.equal(positions_RL, run.expand_as(positions_RL)):
         offset = start % BLOCK_LENGTH
@@ -127,12 +127,12 @@ def locate(positions_RL: torch.Tensor, device: torch.device) -> Positions:
 class PositionNoise:
     """Standard normal noise that is a pure function of (key, sample, position), float32.
 
-    It is drawn in blocks of positions, each from a generator of its own; the block that the next token falls into is
-    kept, so that decoding draws one block in `BLOCK_LENGTH` tokens.
+    It is drawn in blocks of positions, each with a seed of its own. The block of the last token is kept, so that
+    decoding draws one block per `BLOCK_LENGTH` tokens.
 
     Args:
         key (`torch.Tensor`): int64 scalar.
-        num_samples (`int`): S. A sample's noise does not depend on how many others there are.
+        num_samples (`int`): S. A sample's noise does not depend on S.
     """
 
     def __init__(self, key: torch.Tensor, num_samples: int) -> None:
@@ -143,6 +143,7 @@ class PositionNoise:
     def at(self, positions: Positions, size: int, device: torch.device) -> torch.Tensor:
         """The noise of `size` channels at these positions, of shape `(S, R, L, D)`, or `(S, 1, L, D)` for all rows."""
         blocks = {number: self._block(number, size, device) for number in positions.blocks}
+        # The other blocks are dropped: all together they would grow with the text.
         self._blocks = {number: blocks[number] for number in positions.last_blocks}
         noise = torch.cat(list(blocks.values()), dim=2) if len(blocks) > 1 else next(iter(blocks.values()))
         index_RL = positions.index_RL
@@ -163,7 +164,7 @@ class PositionNoise:
     @staticmethod
     def _draw(keys: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         generator = torch.Generator(device=device)
-        with torch.inference_mode(False):  # what is kept may meet gradients later
+        with torch.inference_mode(False):  # a kept block may be used with gradients later
             noise = torch.empty(len(keys), *shape, device=device)
             for sample, key in zip(noise, keys.tolist(), strict=True):
                 sample.normal_(generator=generator.manual_seed(key))
@@ -192,7 +193,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _kernels(x: torch.Tensor, channel_dim: int) -> ModuleType | None:
-    """The Triton kernels for the noise of `x`, and of its gradient, which has its device, dtype and dimensions."""
+    """The Triton kernels, if they can project `x`. Its gradient gets the same answer, and so the same noise."""
     is_last = channel_dim in (-1, x.dim() - 1)
     if not (x.is_cuda and is_last and x.dtype in _KERNEL_DTYPES and importlib.util.find_spec("triton")):
         return None
@@ -230,6 +231,7 @@ def _project_logvar_grad(
     else:
         product = draw_noise(grad_u, key, antithetic).to(torch.promote_types(grad_u.dtype, torch.float32))
         noise_grad_D = product.mul_(grad_u).movedim(channel_dim, -1).flatten(0, -2).sum(0)
+    # d u / d logvar = std * eps / 2.
     grad_D = noise_grad_D * shaped_std(grad_u, logvar, scale, channel_dim).flatten() / 2
     return (grad_D if logvar.numel() > 1 else grad_D.sum().reshape(1)).to(logvar.dtype)
 
@@ -277,7 +279,7 @@ def project(
         ValueError: `logvar` and `x` disagree along `channel_dim` (both shapes are given); or `x` holds integers.
     """
     if not x.is_floating_point():
-        raise ValueError(f"Noise needs a floating-point input, got {x.dtype}: name another module as the site.")
+        raise ValueError(f"Noise needs a floating-point input, got {x.dtype}: choose another module as the site.")
     if logvar.numel() not in (1, x.shape[channel_dim]):
         raise ValueError(
             f"logvar has shape {tuple(logvar.shape)} but x has shape {tuple(x.shape)}: logvar must hold one value, or "

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 
 class Terms(NamedTuple):
-    """Eqs. (2) and (4), the latter weighted, summed over `num_tokens` supervised tokens.
+    """Eq. (2), and eq. (4) times its weight, both summed over `num_tokens` supervised tokens.
 
-    `total` is the sum of the two and has the gradients; the two are detached.
+    `total` is `nll + stability` and has the gradients; `nll` and `stability` are detached.
     """
 
     total: torch.Tensor
@@ -83,8 +83,8 @@ def data_terms_of_logits(
 def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tensor:
     """Eq. (4) before its weight: the unbiased variance over the S samples, summed over the supervised tokens.
 
-    Unbiased for independent samples. Pairs of opposite noise are not: for an f that is linear in the noise the
-    expectation is S / (S - 1) times the variance, and with one pair the even part of f is not seen.
+    It is unbiased for independent samples, but not for pairs of opposite noise. With pairs, the expectation for an f
+    that is linear in the noise is S / (S - 1) times the variance, and a single pair does not see the even part of f.
     `sampling="independent"` avoids both.
 
     Args:

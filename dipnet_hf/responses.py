@@ -1,4 +1,4 @@
-"""What a long evaluation has finished, kept in a file from which a rerun takes it."""
+"""Keeps the responses of a long evaluation in a file, so that a rerun does not compute them again."""
 
 import json
 import os
@@ -11,14 +11,15 @@ from lm_eval.api.model import CacheHook, hash_args
 
 
 class Responses(CacheHook):
-    """Finished responses, one JSON line each in `<folder>/responses.jsonl`, from where a rerun takes them.
+    """Finished responses, one JSON line each in `<folder>/responses.jsonl`; a rerun takes them from there.
 
-    The harness' own cache pickles, and gives one answer to all repeats of a request. Here a line holds the hash of a
-    request, the sample that answered it, and the response; the first line holds the run's fingerprint. Process
-    n > 0 of several writes to `responses-<n>.jsonl`, and each reads the files of all, so their number may change.
+    The harness' own cache uses pickle, and gives the same answer to all repeats of a request. Here a line holds the
+    hash of a request, the sample that answered it, and the response; the first line holds the run's fingerprint. Of
+    several processes, process n > 0 writes to `responses-<n>.jsonl`. Each reads all files, so that a rerun may use
+    another number of processes.
 
     Args:
-        folder (`str`): is created if it is not there.
+        folder (`str`): created if it does not exist.
         fingerprint (`dict`): what the responses depend on besides the requests, JSON-serializable.
 
     Raises:
@@ -28,7 +29,7 @@ class Responses(CacheHook):
 
     def __init__(self, folder: str | os.PathLike, fingerprint: dict[str, Any]) -> None:
         super().__init__(None)
-        self.sample: int | None = None  # the one that answers now, in a vote
+        self.sample: int | None = None  # which one answers now, in a vote
         self._finished: dict[tuple[str, int | None], list] = defaultdict(list)
         self._fingerprint = json.loads(json.dumps(fingerprint))
         for path in sorted(Path(folder).glob("responses*.jsonl")):
@@ -38,10 +39,10 @@ class Responses(CacheHook):
         self._file: TextIO | None = None  # opened with the first response: a run that fails earlier leaves none
 
     def take(self, kind: str, args: tuple) -> Any:
-        """Hand out a finished response to a request, each once; None if there is none left."""
+        """Take a finished response to a request; each is given once, and None if none is left."""
         finished = self._finished[hash_args(kind, args), self.sample]
         response = finished.pop(0) if finished else None
-        return tuple(response) if isinstance(response, list) else response  # a log-likelihood's pair
+        return tuple(response) if isinstance(response, list) else response  # JSON has no tuples
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         """Write one response; the harness calls this as soon as its batch is done."""
@@ -67,6 +68,7 @@ class Responses(CacheHook):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
         lines = _whole_lines(self._path)
+        # A last line that was torn would run into the next one.
         os.truncate(self._path, sum(len(line) + 1 for line in lines))
         file = open(self._path, "a", encoding="ascii", buffering=1)  # noqa: SIM115  (stays open)
         if not lines:

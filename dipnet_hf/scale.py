@@ -1,7 +1,7 @@
 """The scale of the noise in every channel of every site, measured on a sample of the tokens that the sites see.
 
-Pretrained language models have a token with massive activations and channels far larger than the others, both of which
-an RMS is made of. So a channel's scale is a median: that of its tokens' distance from their median.
+In pretrained language models one token has massive activations and some channels are far larger than the others. Both
+would dominate an RMS, so a channel's scale is a median: that of the tokens' distance from their median.
 
 Shape legend: N tokens, D channels of a site.
 """
@@ -20,21 +20,21 @@ from .architecture import is_encoder_decoder
 from .batches import IGNORE_INDEX
 from .projection import DipProjection, Site
 
-# Tokens kept per site, over all processes, as far as all sites together stay within `_MAX_VALUES`; never fewer than
-# `_MIN_TOKENS`. 32 sites of 4,096 channels keep 512 tokens: 134 MB in bfloat16, 268 MB in float32.
-# A channel's scale from 512 tokens is within 5% (one standard error) of that of all tokens.
+# Tokens kept per site, over all processes: `_MAX_TOKENS`; fewer if all sites together would exceed `_MAX_VALUES`, but
+# at least `_MIN_TOKENS`. 32 sites of 4,096 channels keep 512 tokens: 134 MB in bfloat16, 268 MB in float32.
+# The standard error of a scale is 5% with 512 tokens, and 15% with 64.
 _MAX_TOKENS, _MIN_TOKENS, _MAX_VALUES = 512, 128, 2**26
-_FEW_TOKENS = 64  # a scale from so few is off by 15%
+_FEW_TOKENS = 64
 # Standard deviations within which 50% and 90% of a normal distribution lie.
 _WIDTH_OF_50, _WIDTH_OF_90 = 0.67449, 1.64485
-_FLOOR = 0.01  # of the site's typical scale; the smallest in SmolLM2-135M is 0.36 of it, in Gemma 3 270M 0.034
+_FLOOR = 0.01  # of the site's typical scale; the smallest channel of SmolLM2-135M has 0.36, of Gemma 3 270M 0.034
 
 
 class ScaleMeter:
     """Measures the scale of every channel of every site, from a random sample of the tokens that the sites see.
 
     Args:
-        model (`nn.Module`): the network, whose config tells which mask is that of the sites' tokens.
+        model (`nn.Module`): the network. With an encoder and a decoder, the masks of a site depend on where it is.
         projections (`list[DipProjection]`): the sites.
     """
 
@@ -49,7 +49,7 @@ class ScaleMeter:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Look at what enters the sites while batches are watched."""
+        """Context in which the sites' inputs are sampled, during the batches that `watch` passes on."""
         for projection, sample in zip(self._projections, self._samples, strict=True):
             projection.observer = partial(self._observe, projection.site, sample)
         try:
@@ -70,13 +70,13 @@ class ScaleMeter:
             return
         if x.shape[site.channel_dim] != site.num_channels:
             raise ValueError(
-                f"Site '{site.name}' should have {site.num_channels} channels along dimension {site.channel_dim}, and "
-                f"its input has the shape {tuple(x.shape)}. Name another module as the site."
+                f"Site '{site.name}' should have {site.num_channels} channels along dimension {site.channel_dim}, but "
+                f"its input has the shape {tuple(x.shape)}. Choose another module as the site."
             )
         sample.add(tokens_of(x, site.channel_dim, self._masks_for(site)))
 
     def _masks_for(self, site: Site) -> list[torch.Tensor]:
-        """The masks that a site's tokens may have: in a decoder its own, then the encoder's, for what it reads."""
+        """The masks that may fit a site's input. In a decoder, cross-attention reads the encoder's output too."""
         names = ["attention_mask"]
         if is_encoder_decoder(self._model):
             inside = any(module is self._model.get_encoder() for module in _hosts(self._model, site.name))
@@ -97,25 +97,25 @@ class ScaleMeter:
             scale_D = channel_scale(tokens_ND)
             if not (scale_D > 0).all():
                 raise ValueError(
-                    f"Nine in ten tokens have one value in every channel of the input of site '{name}', so it tells "
-                    'no scale. Choose other sites, or noise_scale="absolute".'
+                    f"In every channel of the input of site '{name}', nine in ten tokens have the same value, so no "
+                    'scale can be measured. Choose other sites, or noise_scale="absolute".'
                 )
             scales.append(scale_D)
             fewest = min(fewest, len(tokens_ND))
         if fewest < _FEW_TOKENS:
             warnings.warn(
-                f"A site was calibrated on {fewest} tokens without padding. The median of so few is off by more than "
-                f"a tenth: give batches with at least {_FEW_TOKENS}.",
+                f"A site was calibrated on only {fewest} tokens (without padding), so its scale is off by more than a "
+                f"tenth: give batches with at least {_FEW_TOKENS} tokens.",
                 stacklevel=4,
             )
         return scales
 
 
 class TokenSample:
-    """Keeps a uniform random sample of the tokens added to it: those with the smallest of random numbers.
+    """Keeps a uniform random sample of the tokens added to it: each gets a random number, and the smallest stay.
 
     Args:
-        size (`int`): the most tokens it keeps.
+        size (`int`): the largest number of tokens it keeps.
     """
 
     def __init__(self, size: int) -> None:
@@ -125,12 +125,13 @@ class TokenSample:
         self._tokens_ND: torch.Tensor | None = None
 
     def add(self, tokens_ND: torch.Tensor) -> None:
-        """Add tokens, and let go of those that are too many."""
+        """Add tokens, and drop some if there are more than `size`."""
         if self._tokens_ND is None:
             self._tokens_ND = tokens_ND[:0]
         num_kept = len(self._numbers_N)
         numbers = torch.rand(len(tokens_ND), generator=self._generator, device="cpu")
         numbers = torch.cat([self._numbers_N, numbers])
+        # Sorted, so that the kept tokens come before the added ones, as in `numbers`.
         chosen = numbers.argsort()[: self._size].sort().values
         kept, added = chosen[chosen < num_kept], chosen[chosen >= num_kept] - num_kept
         self._tokens_ND = torch.cat([self._tokens_ND[kept], tokens_ND[added]])
@@ -144,7 +145,7 @@ class TokenSample:
             return own
         counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(num_processes())]
         torch.distributed.all_gather(counts, torch.tensor([len(own)], device=device))
-        padded = own.new_zeros(self._size, num_channels)
+        padded = own.new_zeros(self._size, num_channels)  # all_gather needs the same shape in every process
         padded[: len(own)] = own
         gathered = [torch.empty_like(padded) for _ in counts]
         torch.distributed.all_gather(gathered, padded)
@@ -155,11 +156,11 @@ def tokens_of(x: torch.Tensor, channel_dim: int, masks: Sequence[torch.Tensor] =
     """Lay out a site's input as tokens of shape `(N, D)`, without those that are padding.
 
     Args:
-        x (`torch.Tensor`): rows and length may be any two dimensions that are neighbours without the channels, in
-            either order (XLNet has the length first, Gemma 3n its streams), or one, as for an expert's input.
+        x (`torch.Tensor`): besides the channels, rows and length are any two neighbouring dimensions, in either order
+            (XLNet puts the length first, Gemma 3n its streams), or one dimension, as in an expert's input.
         channel_dim (`int`): the channels' dimension.
-        masks (`Sequence[torch.Tensor]`): of shape `(B, L)`, 0 for padding; the first that fits is taken. An input of
-            other rows, such as an image's patches, has no padding.
+        masks (`Sequence[torch.Tensor]`): of shape `(B, L)`, 0 for padding; the first that fits is used. If none fits,
+            as with an image's patches, no token is padding.
     """
     x = x.movedim(channel_dim, -1)
     for mask_BL in masks:
@@ -176,9 +177,9 @@ def tokens_of(x: torch.Tensor, channel_dim: int, masks: Sequence[torch.Tensor] =
 def channel_scale(tokens_ND: torch.Tensor) -> torch.Tensor:
     """The scale of every channel, of shape `(D,)`: 1.4826 times the median absolute deviation over the tokens.
 
-    Where more than half of the tokens have one value, as after a ReLU, that is 0, and the 0.9 quantile stands for the
-    median. A channel that hardly changes gets 0.01 of the site's typical scale, the median over the channels that do
-    change. Zeros if none does.
+    If more than half of the tokens have the same value, as after a ReLU, that is 0, and the 0.9 quantile replaces the
+    median. A channel that hardly changes gets 0.01 of the site's typical scale, which is the median over the channels
+    that do change. The result is zero if none does.
     """
     deviations_ND = (tokens_ND - _quantile(tokens_ND, 0.5)).abs()
     scale_D = _quantile(deviations_ND, 0.5) / _WIDTH_OF_50
@@ -207,7 +208,7 @@ def _check_tokens(name: str, tokens_ND: torch.Tensor) -> None:
 
 
 def _masks_of(batch: Any) -> dict[str, torch.Tensor]:
-    """Which tokens of a batch count, by the entry that tells it."""
+    """Masks of the tokens that are not padding, by the name of the batch's entry that tells them."""
     if not isinstance(batch, Mapping):
         return {}
     masks = {name: batch.get(name) for name in ("attention_mask", "decoder_attention_mask")}
@@ -217,7 +218,7 @@ def _masks_of(batch: Any) -> dict[str, torch.Tensor]:
 
 
 def _hosts(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that contain the one called `name`, from the outside in."""
+    """The modules that contain the one called `name`, outermost first."""
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
 

@@ -1,7 +1,7 @@
 """Calibration, selective prediction and entropies: what confidences and predictive distributions say. numpy, torch.
 
-The metrics take one confidence in [0, 1] and one `correct` in {0, 1} an answer, as lists, arrays or tensors of one
-dimension, in any order: no result depends on it. Drawing is in `report`, sampling in `dipnet_hf.ensemble`.
+The metrics take one confidence in [0, 1] and one `correct` in {0, 1} per answer, as lists, arrays or tensors of one
+dimension. No result depends on the answers' order. Drawing is in `report`, sampling in `dipnet_hf.ensemble`.
 
 Shape legend: S samples, N any number of leading dimensions (batch, sequence), V vocabulary.
 """
@@ -16,7 +16,7 @@ import torch
 
 Values = Sequence[float] | np.ndarray | torch.Tensor
 
-LOG_PROB_TOLERANCE = 1e-5  # how far above 0 rounding lifts a float32 log-probability that is logits minus logsumexp
+LOG_PROB_TOLERANCE = 1e-5  # rounding may lift a float32 log-probability, `logits - logsumexp`, this far above 0
 
 
 def reliability_bins(
@@ -27,26 +27,27 @@ def reliability_bins(
     Args:
         num_bins (`int`): bins asked for, at least 1.
         binning (`str`): `"width"`, bins of equal width `(lower, upper]` with 0 in the first (Guo et al. 2017,
-            arXiv 1706.04599); or `"mass"`, bins of equal count up to one (Nixon et al. 2019, arXiv 1904.01685), where
-            equal confidences stay together, in the bin of their middle rank, and so may leave bins uneven or empty.
+            arXiv 1706.04599); or `"mass"`, bins whose counts differ by at most one (Nixon et al. 2019, arXiv
+            1904.01685). With `"mass"`, equal confidences stay together, in the bin of their middle rank, so bins may
+            be uneven or empty.
 
     Returns:
-        `list[dict]`: of each bin the mean `confidence`, the `accuracy`, the `count`, and `lower` and `upper`: its
+        `list[dict]`: for each bin the mean `confidence`, the `accuracy`, the `count`, and `lower` and `upper`: its
         edges, or with `"mass"` its lowest and highest confidence.
 
     Raises:
-        ValueError: `num_bins` or `binning` is not one of the above, or the data are not as the file's head says.
+        ValueError: `num_bins` or `binning` is not one of the above, or `confidence` or `correct` is out of range.
     """
     confidence, correct = _check(confidence, correct)
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
     if binning == "width":
-        edges = np.arange(num_bins + 1) / num_bins  # the floats nearest to i / num_bins, where linspace may be one off
+        edges = np.arange(num_bins + 1) / num_bins  # the floats nearest to i / num_bins, which linspace may miss
         index = np.maximum(np.searchsorted(edges, confidence) - 1, 0)
         ranges = list(zip(edges[:-1], edges[1:], strict=True))
     elif binning == "mass":
         _, group, counts = np.unique(confidence, return_inverse=True, return_counts=True)
-        doubled_rank = 2 * np.cumsum(counts) - counts - 1  # of the middle of each tie, from 0
+        doubled_rank = 2 * np.cumsum(counts) - counts - 1  # of the middle of each group of ties; ranks begin at 0
         index = (doubled_rank * num_bins // (2 * len(confidence)))[group]
         ranges = None
     else:
@@ -66,7 +67,7 @@ def expected_calibration_error(
 ) -> float:
     """Average |accuracy - confidence| over the rows of `reliability_bins`, weighted by count; from 0 to 1.
 
-    Chance only adds to it: n calibrated answers, spread evenly over [0, 1], give about `0.3 * sqrt(num_bins / n)`.
+    Chance makes it larger: n calibrated answers, spread evenly over [0, 1], give about `0.3 * sqrt(num_bins / n)`.
     """
     rows = reliability_bins(confidence, correct, num_bins, binning)
     gaps = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
@@ -80,9 +81,9 @@ def brier_score(confidence: Values, correct: Values) -> float:
 
 
 def negative_log_likelihood(confidence: Values, correct: Values) -> float:
-    """Average the log loss of `correct` under `confidence`, in nats an answer.
+    """Average the log loss of `correct` under `confidence`, in nats per answer.
 
-    Confidences are clipped to `[eps, 1 - eps]`, eps that of float64 (2.2e-16): being surely wrong costs 36 nats.
+    Confidences are clipped to `[eps, 1 - eps]`, with float64's eps (2.2e-16): being sure and wrong costs 36 nats.
     """
     confidence, correct = _check(confidence, correct)
     eps = np.finfo(np.float64).eps
@@ -91,7 +92,7 @@ def negative_log_likelihood(confidence: Values, correct: Values) -> float:
 
 
 def auroc(confidence: Values, correct: Values) -> float:
-    """Estimate the probability that a right answer is more confident than a wrong one, where ties count half.
+    """Estimate the probability that a right answer has a higher confidence than a wrong one; ties count half.
 
     Raises:
         ValueError: all answers are right, or all are wrong.
@@ -102,7 +103,7 @@ def auroc(confidence: Values, correct: Values) -> float:
     if not num_right or not num_wrong:
         raise ValueError(f"auroc compares right answers with wrong ones, got {num_right} right and {num_wrong} wrong.")
     _, group, counts = np.unique(confidence, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[group]  # from 1, tied answers sharing their middle rank
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[group]  # from 1; tied answers share their middle rank
     return float((rank[correct == 1].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
 
 
@@ -110,8 +111,8 @@ def risk_coverage(confidence: Values, correct: Values) -> tuple[np.ndarray, np.n
     """Compute the risk of answering only above a threshold (Geifman & El-Yaniv 2017, arXiv 1705.08500).
 
     Returns:
-        `(coverage, risk)`, one entry a distinct confidence, from the highest down: the share of the answers that are
-        at least so confident, and the share of wrong ones among them. The last is `(1, 1 - accuracy)`.
+        `(coverage, risk)`, one entry per distinct confidence, from the highest down: the share of the answers with at
+        least this confidence, and the share of wrong ones among them. The last is `(1, 1 - accuracy)`.
     """
     num_covered, num_wrong = _cumulative(*_check(confidence, correct))
     return num_covered / num_covered[-1], num_wrong / num_covered
@@ -120,8 +121,8 @@ def risk_coverage(confidence: Values, correct: Values) -> tuple[np.ndarray, np.n
 def area_under_risk_coverage(confidence: Values, correct: Values) -> float:
     """Average the risk of the i most confident answers over i = 1..n (AURC; Geifman et al. 2019, arXiv 1805.08206).
 
-    Where the i-th falls into a tie, the expectation over all orders of the tied answers is taken; a constant
-    confidence thus gives `1 - accuracy`. Lower is better; 0 only if all are right.
+    For tied answers it is the expectation over all their orders, so a constant confidence gives `1 - accuracy`. Lower
+    is better; 0 only if all are right.
     """
     num_covered, num_wrong = _cumulative(*_check(confidence, correct))
     i = np.arange(1, num_covered[-1] + 1)
@@ -130,12 +131,13 @@ def area_under_risk_coverage(confidence: Values, correct: Values) -> float:
 
 
 def answer_confidence(answer: Sequence[str | None] | Values) -> float:
-    """Give one confidence in [0, 1], of an answer sampled k times or of one answer's tokens.
+    """Compute one confidence in [0, 1] from k sampled answers, or from the tokens of one answer.
 
     Args:
-        answer: either the k final answers, as `str` or None where none was found: the share of the k with the most
-            frequent answer (self-consistency, Wang et al. 2023, arXiv 2203.11171), 0 if none was found in any. Or the
-            log-probabilities of the tokens, in nats, one dimension: the geometric mean of their probabilities.
+        answer: either the k final answers, each a `str`, or None if none was found. The confidence is the share of the
+            most frequent answer among all k (self-consistency, Wang et al. 2023, arXiv 2203.11171), or 0 if no answer
+            was found. Or the log-probabilities of one answer's tokens, in nats, one dimension. The confidence is the
+            geometric mean of their probabilities.
 
     Raises:
         ValueError: `answer` is empty, one string, or a mixture of the two kinds; or a log-probability is NaN or above
@@ -150,7 +152,8 @@ def answer_confidence(answer: Sequence[str | None] | Values) -> float:
             "sampled answers or the token log-probabilities of one."
         )
     if texts:
-        return max(Counter(text for text in texts if text is not None).values(), default=0) / len(texts)
+        counts = Counter(text for text in texts if text is not None)
+        return max(counts.values(), default=0) / len(texts)
     log_probs = _as_array(answer)
     if log_probs.ndim != 1 or not len(log_probs):
         raise ValueError(f"answer must have one dimension and at least one entry, got shape {log_probs.shape}.")
@@ -162,22 +165,22 @@ def answer_confidence(answer: Sequence[str | None] | Values) -> float:
 class Prediction(NamedTuple):
     """The mean distribution of S samples, and how far they disagree. float32; entropies in nats.
 
-    `total_entropy = expected_entropy + mutual_information`: what is uncertain, the part of it that every sample sees
-    (aleatoric), and the part that comes from their disagreement (epistemic), at most ln S.
+    `total_entropy = expected_entropy + mutual_information`: all uncertainty is the part that every sample sees
+    (aleatoric) and the part that comes from their disagreement (epistemic), at most ln S.
     """
 
     log_probs: torch.Tensor  # (N, V), the log of the mean probability
     total_entropy: torch.Tensor  # (N,), of the mean distribution
     expected_entropy: torch.Tensor  # (N,), the mean of the samples' entropies
     mutual_information: torch.Tensor  # (N,), the difference, at least 0
-    variance: torch.Tensor  # (N,), of the probabilities over the samples, divided by S (biased), summed over V
+    variance: torch.Tensor  # (N,), of the probabilities over the samples, biased (divided by S), summed over V
 
 
 def predictive_entropies(log_probs_SNV: torch.Tensor) -> Prediction:
     """Average S predictive distributions; split the entropy of the mean into the shared part and the disagreement.
 
-    The split is that of Houlsby et al. 2011 (arXiv 1112.5745) and Depeweg et al. 2018 (arXiv 1710.07283). It works in
-    float32 and goes sample by sample: beside its input it holds a few tensors of shape `(N, V)`.
+    The split is that of Houlsby et al. 2011 (arXiv 1112.5745) and Depeweg et al. 2018 (arXiv 1710.07283). It is
+    computed in float32, sample by sample, so that it needs only a few tensors of shape `(N, V)` besides its input.
 
     Args:
         log_probs_SNV (`torch.Tensor` of shape `(S, ..., V)`): normalized log-probabilities in nats, any float dtype;
@@ -208,12 +211,12 @@ def predictive_entropies(log_probs_SNV: torch.Tensor) -> Prediction:
 
 
 def _entropy(log_probs_NV: torch.Tensor) -> torch.Tensor:
-    # The clamp makes 0 * log 0 a zero, not a NaN, and takes back what rounding lifts above 0.
+    # The clamp makes 0 * log 0 a zero instead of NaN, and removes what rounding lifted above 0.
     return -(log_probs_NV.exp() * log_probs_NV.clamp(torch.finfo(log_probs_NV.dtype).min, 0)).sum(-1)
 
 
 def _cumulative(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count the answers at least as confident as each distinct confidence, descending, and the wrong ones of them."""
+    """Count the answers with at least each distinct confidence, descending, and the wrong ones among them."""
     _, group, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
     return np.cumsum(counts), np.cumsum(np.bincount(group, weights=1 - correct))
 
@@ -229,8 +232,8 @@ def _check(confidence: Values, correct: Values) -> tuple[np.ndarray, np.ndarray]
     confidence, correct = _as_array(confidence), _as_array(correct)
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
         raise ValueError(
-            "confidence and correct must have one dimension and the same length, one entry an answer and at least one "
-            f"answer; got shapes {confidence.shape} and {correct.shape}."
+            "confidence and correct must have one dimension and the same length, one entry per answer and at "
+            f"least one answer; got shapes {confidence.shape} and {correct.shape}."
         )
     if (wrong := np.flatnonzero(~((confidence >= 0) & (confidence <= 1)))).size:
         raise ValueError(

@@ -1,10 +1,10 @@
 """The projection of eq. (1) and the gradient of its log-variances, as Triton kernels: noise exists in registers only.
 
-The noise is Philox's (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a pure function of the
-key and an element's row and column, made normal by Box and Muller's method. One call gives four normals, for four
-neighbours in a row. On NVIDIA's GPUs logarithm, sine and cosine are the hardware's approximations (to 1e-3 of a
-standard deviation at worst): the exact ones would take four times the instructions, which is longer than the
-memory takes for the bytes (`benchmarks/instructions.py`).
+The random bits are Philox's (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a pure function
+of the key and an element's row and column. The Box-Muller method makes normals of them. One call gives four normals,
+for four neighbours in a row. On NVIDIA's GPUs logarithm, sine and cosine are the hardware's approximations, with
+errors of at most 1e-3 of a standard deviation. The exact functions would need four times the instructions, and so more
+time than the memory needs for the bytes (`benchmarks/instructions.py`).
 
 Shape legend: R rows (all dimensions but the last), D hidden size. P row pairs: R, or R / 2 with antithetic noise,
 where rows r and r + P share one draw. A row's columns are read as G groups of 4 neighbours.
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# Rounds of Philox: 7 pass BigCrush, says section 5 of the paper; the usual 10 have a margin.
+# Rounds of Philox: 7 pass BigCrush, according to section 5 of the paper; the usual 10 are a safety margin.
 _NUM_ROUNDS = 7
-_ROWS_A_PROGRAM = 64  # of the backward kernel, each of which leaves one partial sum a channel
+_ROWS_PER_PROGRAM = 64  # of the backward kernel; each program writes one partial sum per channel
 _APPROXIMATE = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
 
@@ -43,6 +43,7 @@ def _normals(key, row_P, group_G, NUM_ROUNDS: tl.constexpr, APPROXIMATE: tl.cons
     a, b, c, d = tl.philox(key, zero_PG + group_G[None, :], zero_PG + row_P[:, None], zero_PG, zero_PG, NUM_ROUNDS)
     first, second = _normal_pair(a, b, APPROXIMATE)
     third, fourth = _normal_pair(c, d, APPROXIMATE)
+    # Side by side in each group: first, second, third, fourth.
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
 
 
@@ -90,7 +91,7 @@ def _noise_gradient_kernel(
 
 
 def _blocks(num_groups: int) -> tuple[int, int]:
-    """Row pairs and groups of columns in a block: up to 4,096 elements, see `benchmarks/instructions.py`."""
+    """Row pairs and groups of columns per block: up to 4,096 elements, see `benchmarks/instructions.py`."""
     block_g = min(triton.next_power_of_2(num_groups), 256)
     return 1024 // block_g, block_g
 
@@ -116,13 +117,13 @@ def project(x: torch.Tensor, std: torch.Tensor, key: int, antithetic: bool) -> t
                 ANTITHETIC=antithetic, PER_CHANNEL=std.numel() > 1, NUM_ROUNDS=_NUM_ROUNDS, APPROXIMATE=_APPROXIMATE,
                 BLOCK_P=block_p, BLOCK_G=block_g,
             )  # fmt: skip
-    return u if rows is x else torch.empty_like(x).copy_(u)  # with the strides that a compiler is told of
+    return u if rows is x else torch.empty_like(x).copy_(u)  # the strides that a compiler expects
 
 
 def noise_gradient(grad_u: torch.Tensor, key: int, antithetic: bool) -> torch.Tensor:
     """Sum `grad_u * eps` over all dimensions but the last, with the noise that `project` drew for this key and shape.
 
-    The order of the sum is fixed, so that the result is the same every time.
+    The order of the sum is fixed, so that the result is always the same.
 
     Returns:
         `torch.Tensor` of shape `(D,)`, float32.
@@ -130,7 +131,7 @@ def noise_gradient(grad_u: torch.Tensor, key: int, antithetic: bool) -> torch.Te
     grad_u = grad_u.contiguous()
     num_pairs, hidden_size, num_groups = _sizes(grad_u, antithetic)
     block_p, block_g = _blocks(num_groups)
-    num_blocks = max(1, _ROWS_A_PROGRAM // block_p)
+    num_blocks = max(1, _ROWS_PER_PROGRAM // block_p)
     grid = (triton.cdiv(num_pairs, block_p * num_blocks), triton.cdiv(num_groups, block_g))
     partial = torch.empty(grid[0], hidden_size, dtype=torch.float32, device=grad_u.device)
     if grad_u.numel():
