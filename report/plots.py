@@ -13,10 +13,10 @@ from report.results import read_results
 def plot_losses(result_files: list[str], path: str) -> None:
     """Draw the training NLL of each run by step, and its held-out NLL where it was measured.
 
-    A DIP run's `loss` holds the prior too; its data term, `nll`, is what a plain run's `loss` compares with.
+    A DIP run's `loss` includes the prior; its data term, `nll`, is drawn, which compares with a plain run's `loss`.
 
     Args:
-        result_files (`list[str]`): `results.json` files; the name of each one's folder is its label.
+        result_files (`list[str]`): `results.json` files; each is labelled with the name of its folder.
         path (`str`): the picture; its ending chooses the format.
 
     Raises:
@@ -59,7 +59,7 @@ def plot_noise(result_file: str, path: str, sort_channels: bool = False) -> None
 
     rows = read_results(result_file)["noise"]
     if not rows:
-        raise ValueError(f"{result_file} is of a run without projections (dip: null); give that of a DIP run.")
+        raise ValueError(f"{result_file} is of a run without projections (dip: null); give the file of a DIP run.")
     widest = max(len(row["relative_std"]) for row in rows)
     std_ND = np.full((len(rows), widest), np.nan)
     for number, row in enumerate(rows):
@@ -89,7 +89,7 @@ def plot_noise_level(result_file: str, path: str) -> None:
     from matplotlib.figure import Figure
 
     results = read_results(result_file)
-    off, *rows = results["sweep"]
+    off, *rows = results["sweep"]  # the first row is without noise
     sites = list(dict.fromkeys(row["site"] for row in rows if row["site"] != "all"))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

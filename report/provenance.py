@@ -16,7 +16,7 @@ def provenance(script: str, config: dict, seed: int | None = None) -> dict:
     """Collect what a reader needs to judge or repeat a result.
 
     Args:
-        script (`str`): the program, its `__file__`; its folder tells the repository.
+        script (`str`): the program's `__file__`; its folder tells which repository.
         config (`dict`): its resolved configuration, JSON-serializable.
         seed (`int`, *optional*): the seed of the run.
 
@@ -36,7 +36,7 @@ def provenance(script: str, config: dict, seed: int | None = None) -> dict:
 
 def _git_state(folder: Path) -> dict | None:
     commit = _git(folder, "rev-parse", "HEAD")
-    # Result files of other runs change nothing that this one did.
+    # Changed result files of other runs do not count as dirty: they do not affect this one.
     status = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude)*/results/*")
     if commit is None or status is None:
         return None
@@ -44,7 +44,7 @@ def _git_state(folder: Path) -> dict | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Run git in `folder`; None when it fails, as it does outside a repository."""
+    """Run git in `folder`; None if it fails, as it does outside a repository."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
@@ -65,7 +65,7 @@ def _hardware() -> dict:
 
 
 def _cpu_model() -> str:
-    """Read the CPU's name where Linux keeps it; elsewhere what Python knows."""
+    """The CPU's name from Linux's /proc/cpuinfo; on other systems what Python knows."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-# What the runs of one group may differ in, besides seed and folder: the teacher that a student learned from.
+# Runs of one group may differ in these settings too, besides seed and folder: each student has a teacher of its own.
 _DIFFERS_BY_SEED = {"teacher", "teacher_config.training.seed", "teacher_config.training.output_dir"}
 
 
@@ -30,7 +30,7 @@ def settings(results: dict) -> dict:
 
 
 def split_groups(groups: list[str]) -> dict[str, list[str]]:
-    """Read `LABEL=FILE[,FILE...]` into the files by label."""
+    """Parse `LABEL=FILE[,FILE...]`: the files of each label."""
     files: dict[str, list[str]] = {}
     for group in groups:
         label, _, paths = group.partition("=")
@@ -43,7 +43,7 @@ def split_groups(groups: list[str]) -> dict[str, list[str]]:
 
 
 def check_same_settings(label: str, runs: list[dict]) -> None:
-    """Refuse to average over runs that differ in more than their seeds and folders."""
+    """Refuse a group whose runs differ in more than their seeds and folders."""
     first, *others = [settings(run) for run in runs]
     for other in others:
         names = {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)}

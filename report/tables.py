@@ -21,11 +21,11 @@ def format_summary(results: dict) -> str:
 
 
 def format_seeds(groups: dict[str, list[str]], metrics: dict[str, str]) -> str:
-    """Lay out mean and sample standard deviation over the seeds of each group, one group a line.
+    """Lay out mean and sample standard deviation over the seeds of each group, one group per line.
 
     Args:
-        groups (`dict[str, list[str]]`): label to the `results.json` of its seeds.
-        metrics (`dict[str, str]`): heading of a column to a dotted name, such as `gsm8k_local.exact_match`.
+        groups (`dict[str, list[str]]`): for each label the `results.json` files of its seeds.
+        metrics (`dict[str, str]`): for each column's heading a dotted name, such as `gsm8k_local.exact_match`.
 
     Raises:
         ValueError: a group is empty, its runs differ in more than their seed, or lack a metric.
@@ -41,7 +41,7 @@ def format_seeds(groups: dict[str, list[str]], metrics: dict[str, str]) -> str:
 
 
 def format_spreads(values: dict[str, dict[str, list[float]]]) -> str:
-    """Lay out mean and sample standard deviation of values over seeds: by label of a line and heading of a column."""
+    """Lay out mean and sample standard deviation over seeds, given `{line's label: {column's heading: values}}`."""
     headings = tuple(next(iter(values.values())))
     rows = [(label, *(_spread(columns[heading]) for heading in headings)) for label, columns in values.items()]
     return format_table(("", *headings), rows)
@@ -50,8 +50,12 @@ def format_spreads(values: dict[str, dict[str, list[float]]]) -> str:
 def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Align columns of text, the header above a rule."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join(line.rstrip() for line in (lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in (header, rule, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _mean_and_spread(label: str, runs: list[dict], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Plots of uncertainty: metrics by ensemble size, reliability, risk against coverage, and a text's tokens by value.
+"""Plots of uncertainty: metrics by ensemble size, reliability, risk against coverage, and a text coloured by token.
 
 `groups` maps a label to `(confidence, correct)`, as `dipnet_hf.uncertainty` takes them. Matplotlib is imported by the
 functions that draw; the tokens' layout is plain Python.
@@ -21,9 +21,9 @@ from dipnet_hf.uncertainty import (
 )
 
 COLOR_MAP = "YlOrRd"
-COLUMNS = 88  # letters a line of text
-# A letter of DejaVu Sans Mono is 0.602 of its size wide: at this size 13 whole pixels of 150 dpi, so that hinting does
-# not move it.
+COLUMNS = 88  # letters per line of text
+# A letter of DejaVu Sans Mono is 0.602 times as wide as its size. Here that is exactly 13 pixels at 150 dpi, so that
+# hinting does not move letters.
 COLUMN_WIDTH = 13 / 150  # inches
 FONT_SIZE = 72 * COLUMN_WIDTH / 0.602  # points
 LINE_HEIGHT = 0.26  # inches
@@ -35,15 +35,15 @@ def plot_against_samples(
     """Draw a metric against the number of samples k: each method's mean over seeds, with a band of one deviation.
 
     Args:
-        rows (`Sequence[dict]`): `{"method": str, "num_samples": int or None, "seed": int, metric: float}`, one a
-            method, k and seed. None is one pass without noise: it is drawn as a dashed line over all k.
+        rows (`Sequence[dict]`): `{"method": str, "num_samples": int or None, "seed": int, metric: float}`, one
+            per method, k and seed. None is one pass without noise: it is drawn as a dashed line over all k.
         path (`str`): the picture; its ending chooses the format.
         metric (`str`): the column to draw.
-        label (`str`, *optional*): the y axis; `metric` unless given.
+        label (`str`, *optional*): of the y axis; by default `metric`.
 
     Raises:
-        ValueError: no row has a `num_samples`, one has it below 1 or lacks a column, or two are of the same method, k
-            and seed.
+        ValueError: no row has a `num_samples`, a row has one below 1 or lacks a column, or two rows have the same
+            method, k and seed.
     """
     from matplotlib.figure import Figure
 
@@ -97,7 +97,7 @@ def _mean_and_spread(values: list[float]) -> tuple[float, float]:
 def plot_reliability(
     groups: Mapping[str, tuple[Values, Values]], path: str, num_bins: int = 15, binning: str = "width"
 ) -> None:
-    """Draw accuracy against confidence, one point per bin, its area by the bin's share of the answers, beside the ECE.
+    """Draw accuracy against confidence, one point per bin, as large as its share of the answers. Labels give the ECE.
 
     Args:
         path (`str`): the picture; its ending chooses the format.
@@ -126,9 +126,10 @@ def plot_reliability(
 
 
 def plot_risk_coverage(groups: Mapping[str, tuple[Values, Values]], path: str) -> None:
-    """Draw the share of wrong answers among the most confident ones against their share of all; the AURC beside it.
+    """Draw risk, the share of wrong answers among the most confident ones, against coverage, their share of all.
 
-    Left of its first point a curve is the expected risk of a random part of the most confident, tied answers.
+    The label has the AURC. The most confident answers may be tied: left of its first point, a curve is the expected
+    risk of a random part of them.
 
     Args:
         path (`str`): the picture; its ending chooses the format.
@@ -144,7 +145,7 @@ def plot_risk_coverage(groups: Mapping[str, tuple[Values, Values]], path: str) -
     for number, (label, (confidence, correct)) in enumerate(groups.items()):
         coverage, risk = risk_coverage(confidence, correct)
         area = area_under_risk_coverage(confidence, correct)
-        marker = "o" if len(coverage) <= 32 else None  # the few thresholds there are, such as shares of k answers
+        marker = "o" if len(coverage) <= 32 else None  # few points, as of shares of k answers
         color = f"C{number % 10}"
         axes.plot(coverage, risk, color=color, marker=marker, markersize=4, label=f"{label}, AURC {area:.3f}")
         axes.hlines(risk[0], 0, coverage[0], color=color)
@@ -159,14 +160,14 @@ def plot_tokens(
 ) -> None:
     """Draw a text, each token on a background coloured by its value in nats: an entropy, an information, an NLL.
 
-    Scripts that matplotlib's DejaVu Sans Mono does not have show as boxes; `write_tokens_html` shows them all.
+    Letters that DejaVu Sans Mono does not have show as boxes; `write_tokens_html` shows all letters.
 
     Args:
         tokens (`Sequence[str]`): decoded one by one, with their spaces. A newline shows as `↵` and begins a line.
         values: one per token, at least 0; a sequence of numbers, an array or a tensor.
         path (`str`): the picture; its ending chooses the format.
-        vmax (`float`, *optional*): the value from which on the colour is the darkest, for pictures that are to be
-            compared; the largest of `values` unless given.
+        vmax (`float`, *optional*): values from here on have the darkest colour; give pictures that are compared the
+            same. By default it is the largest of `values`.
 
     Raises:
         ValueError: there are no tokens, not one value for each, a value is negative or not finite, or `vmax` is not
@@ -203,7 +204,7 @@ def plot_tokens(
 def write_tokens_html(
     tokens: Sequence[str], values: Values, path: str, title: str = "nats by token", vmax: float | None = None
 ) -> None:
-    """Write what `plot_tokens` draws as an HTML file that needs no other; a token's tooltip is its value.
+    """Write what `plot_tokens` draws as one HTML file that needs no others; a token's tooltip shows its value.
 
     The arguments and errors are those of `plot_tokens`.
     """
@@ -252,12 +253,12 @@ def _token_colors(tokens: Sequence[str], values: Values, vmax: float | None):
     scale.set_array(nats)
     rgb = scale.to_rgba(nats)[:, :3]
     luminance = rgb**2.2 @ [0.2126, 0.7152, 0.0722]
-    inks = np.where(luminance > 0.18, "black", "white").tolist()  # where either has the same contrast
+    inks = np.where(luminance > 0.18, "black", "white").tolist()  # at 0.18 both have the same contrast
     return [(to_hex(color), ink) for color, ink in zip(rgb, inks, strict=True)], scale
 
 
 def _visible(token: str) -> str:
-    """Make a token's white space visible enough: `↵` before each newline, tabs as spaces, no control characters."""
+    """Make a token visible: `↵` before each newline, spaces for tabs, no control characters, `∅` if it is empty."""
     text = token.replace("\r\n", "\n").replace("\t", "    ")
     text = "".join(
         letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
@@ -270,6 +271,7 @@ def _layout(tokens: Sequence[str]) -> list[tuple[int, int, int, str]]:
     cells, line, column = [], 0, 0
     for number, token in enumerate(tokens):
         for row, text in enumerate(_visible(token).split("\n")):
+            # A newline within the token, or too little room for it.
             if row or (column and column + len(text) > COLUMNS):
                 line, column = line + 1, 0
             for start in range(0, len(text), COLUMNS):  # more than one only for a token longer than a line
