@@ -1,11 +1,11 @@
-"""The main job on an embedded default: fine-tune a tiny Llama with and without DIPNet, score both, compare.
+"""From data to results in one command: fine-tune a tiny Llama with and without DIPNet, score both, compare.
 
     make demo        # or: python recipes/demo.py
 
 A base learns one-step word problems. From it, for each seed, a plain run and a DIPNet run learn two- and three-step
 ones: same data, same order, same steps. Both are scored with lm-evaluation-harness on held-out problems and on three
 harder kinds, DIPNet with its noise off and as the mean of 8 noisy passes. Nothing is downloaded. The folder runs/demo
-is made anew; it ends up with `results.json`, the loss curves, the learned noise, and a folder a run.
+is made anew; at the end it holds `results.json`, the loss curves, the learned noise, and one folder per run.
 """
 
 import json
@@ -61,7 +61,9 @@ def main() -> None:
     splits = generate_splits(seed=0, sizes=SIZES)
     write_data(splits)
     train_base(splits)
-    runs = {method: [run(method, settings, seed) for seed in SEEDS] for method, settings in METHODS.items()}
+    runs = {}
+    for method, settings in METHODS.items():
+        runs[method] = [run(method, settings, seed) for seed in SEEDS]
     compare(runs)
 
 
@@ -98,7 +100,7 @@ def train_base(splits: dict[str, list[dict]]) -> None:
 
 
 def run(method: str, settings: list[str], seed: int) -> str:
-    """Fine-tune and score once; returns the run's result file."""
+    """Fine-tune and score once; return the path of the run's result file."""
     folder = FOLDER / f"{method}-{seed}"
     print(f"\n{method}, seed {seed}")
     finetune.main([CONFIG, "--set", f"training.output_dir={folder}", f"training.seed={seed}", *settings])
@@ -108,13 +110,12 @@ def run(method: str, settings: list[str], seed: int) -> str:
 def compare(runs: dict[str, list[str]]) -> None:
     """Write the result file and the pictures, and print the table."""
     results = {method: [json.loads(Path(path).read_text()) for path in paths] for method, paths in runs.items()}
-    rows = [
-        {"method": label, "seed": seed, "task": task, **numbers}
-        for method, seeds in results.items()
-        for label, kind in ((method, "scores"), (ENSEMBLE, "ensemble_scores"))
-        for seed, result in zip(SEEDS, seeds, strict=True)
-        for task, numbers in (result[kind] or {}).items()
-    ]
+    rows = []
+    for method, seeds in results.items():
+        for label, kind in ((method, "scores"), (ENSEMBLE, "ensemble_scores")):
+            for seed, result in zip(SEEDS, seeds, strict=True):
+                scores = result[kind] or {}  # a plain run has no ensemble
+                rows += [{"method": label, "seed": seed, "task": task, **numbers} for task, numbers in scores.items()]
     config = {"sizes": SIZES, "base_training": BASE_TRAINING, "run": results["DIPNet"][0]["provenance"]["config"]}
     document = {"provenance": provenance(__file__, config), "rows": rows}
     (FOLDER / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

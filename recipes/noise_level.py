@@ -1,9 +1,9 @@
-"""Draw the loss against the level of the noise, at every site alone and at all of them, before any training.
+"""Draw the loss against the level of the noise, at each site alone and at all of them, before any training.
 
     python recipes/noise_level.py recipes/configs/smollm2-svamp.yaml --output runs/noise-level
 
-The model, data, adapter and noise are those of a configuration of `recipes/finetune.py` with `dip`; the batches are
-the first of its training data. Writes `noise-level.png` and `noise-level.json`.
+The model, data, adapter and noise are those of a configuration of `recipes/finetune.py` with `dip`. The batches are
+the first ones of its training data. Writes `noise-level.png` and `noise-level.json`.
 """
 
 import argparse
@@ -28,12 +28,12 @@ STDS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Calibrate one configuration's model, sweep the level, and draw what came out."""
+    """Calibrate one configuration's model, sweep the level, and draw the losses."""
     args = parse_arguments(arguments)
     config = load_config(args.config, args.set)
     dip = config.dip_config()
     if dip is None:
-        raise ValueError(f"{args.config} has dip: null, and a plain model has no noise; leave that out.")
+        raise ValueError(f"{args.config} has dip: null, and a plain model has no noise: remove that.")
     set_seed(config.training_arguments().seed)
     tokenizer = load_tokenizer(config)
     _, rows, _, _ = prepare_data(config, tokenizer)

@@ -1,4 +1,4 @@
-"""Pictures of finished runs: metrics by ensemble size, a text by what the ensemble disagrees on, calibration.
+"""Pictures of finished runs: metrics by ensemble size, a text coloured by the ensemble's disagreement, calibration.
 
     python recipes/plots.py samples DIPNet=runs/seed0/results.json,runs/seed1/results.json --output pictures
     python recipes/plots.py tokens runs/stories260k-gsm8k-300 --output pictures
@@ -33,7 +33,7 @@ from report import (
 from report.results import check_same_settings, read_results, split_groups
 
 CURVES = {"nll": "NLL, nats per token", "accuracy": "accuracy of the likeliest token"}
-METRICS = ("exact_match", "acc")  # which of a sample's entries tells that the answer is right
+METRICS = ("exact_match", "acc")  # entries of a sample that tell whether its answer is right
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder for the pictures")
     groups = argparse.ArgumentParser(add_help=False)
-    groups.add_argument("groups", nargs="+", metavar="LABEL=FILE[,FILE...]", help="a group, a file per seed")
+    groups.add_argument("groups", nargs="+", metavar="LABEL=FILE[,FILE...]", help="a group, with one file per seed")
     subcommands = parser.add_subparsers(required=True)
 
     samples = subcommands.add_parser("samples", parents=[common, groups], help="NLL and accuracy by ensemble size")
@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     calibration = subcommands.add_parser("calibration", parents=[common, groups], help="reliability and risk-coverage")
     calibration.add_argument("--filter", metavar="NAME", help="which of the task's filters")
     calibration.add_argument("--metric", choices=METRICS, help="what tells that an answer is right")
-    calibration.add_argument("--num-bins", type=int, default=15, metavar="n", help="bins of the reliability (15)")
+    calibration.add_argument("--num-bins", type=int, default=15, metavar="n", help="bins of the diagram (15)")
     calibration.add_argument("--binning", choices=["width", "mass"], default="width", help="equal widths or counts")
     calibration.set_defaults(draw=draw_calibration)
     return parser.parse_args(arguments)
@@ -93,8 +93,8 @@ def sample_rows(groups: dict[str, list[str]], heldout: str | None) -> list[dict]
     """Collect the scores of distillations as `plot_against_samples` takes them.
 
     Raises:
-        ValueError: a file is missing or not of a distillation, it has no such held-out size or several to choose from,
-            or a group's runs differ in more than their seeds.
+        ValueError: a file is missing or not from a distillation, it has no such held-out size or several to choose
+            from, or a group's runs differ in more than their seeds.
     """
     rows = []
     for label, files in groups.items():
@@ -103,6 +103,7 @@ def sample_rows(groups: dict[str, list[str]], heldout: str | None) -> list[dict]
         for file, results in runs.items():
             config = results["provenance"]["config"]
             for method, scores in scores_of(file, results, heldout).items():
+                # A method is `ensemble_<k>`, or the name of an answer by one pass.
                 kind, _, num_samples = method.partition("ensemble_")
                 row = {"method": f"{label}, {(kind or 'ensemble').replace('_', ' ')}", **scores}
                 seeds = (config["teacher_config"]["training"].get("seed"), results["provenance"]["seed"])
@@ -114,7 +115,7 @@ def scores_of(file: str, results: dict, heldout: str | None) -> dict[str, dict]:
     """Pick the scores of one held-out size, by method."""
     scores = results["scores"]
     if "distilled" not in scores:
-        raise ValueError(f"{file} is not of recipes/distill.py; it scores {', '.join(scores) or 'nothing'}.")
+        raise ValueError(f"{file} was not written by recipes/distill.py; it scores {', '.join(scores) or 'nothing'}.")
     names = list(scores["distilled"])
     if heldout is None and len(names) == 1:
         heldout = names[0]
@@ -162,12 +163,12 @@ def first_problem(folder: str) -> str:
 def token_information(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, num_samples: int
 ) -> tuple[list[str], list[float]]:
-    """Give every token but the first, which nothing predicts, the mutual information at the position before it."""
+    """Every token but the first, which nothing predicts, and the mutual information of the samples about it."""
     inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length, return_offsets_mapping=True)
     spans = inputs.pop("offset_mapping")[0].tolist()
     ids = inputs["input_ids"][0].tolist()
     if len(ids) < 2:
-        raise ValueError(f"The text {text!r} has {len(ids)} tokens; an information needs one before it.")
+        raise ValueError(f"The text {text!r} has {len(ids)} tokens; it needs two, because nothing predicts the first.")
     prediction = predict(model, {name: inputs[name] for name in ("input_ids", "attention_mask")}, num_samples)
     return token_texts(text, ids, spans, tokenizer)[1:], prediction.mutual_information[0, :-1].tolist()
 
@@ -175,12 +176,17 @@ def token_information(
 def token_texts(text: str, ids: list[int], spans: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Cut the text into its tokens, each with the space before it; special tokens are written by name.
 
-    Decoding one by one would lose the spaces of some tokenizers. Of tokens that share a letter the last one gets it.
+    With some tokenizers, decoding tokens one by one would lose spaces. If tokens share a letter, the last one gets it.
     """
-    inner = [span for token, span in zip(ids, spans, strict=True) if token not in tokenizer.all_special_ids]
-    cuts = [min(end, start) for (_, end), (start, _) in pairwise(inner)]  # spaces may lie between two spans
-    pieces = iter([text[start:end] for start, end in pairwise([0, *cuts, inner[-1][1]])] if inner else [])
-    return [str(tokenizer.decode([token])) if token in tokenizer.all_special_ids else next(pieces) for token in ids]
+    special = tokenizer.all_special_ids
+    inner = [span for token, span in zip(ids, spans, strict=True) if token not in special]
+    cuts = [0]
+    for (_, end), (start, _) in pairwise(inner):
+        cuts.append(min(end, start))  # a space between two spans belongs to the second
+    if inner:
+        cuts.append(inner[-1][1])
+    pieces = iter([text[start:end] for start, end in pairwise(cuts)])
+    return [str(tokenizer.decode([token])) if token in special else next(pieces) for token in ids]
 
 
 # ---- calibration ----
@@ -207,7 +213,8 @@ def read_answers(files: list[str], filter_name: str | None, metric: str | None) 
         metric (`str`, *optional*): which of the samples' entries tells that an answer is right, if there are several.
 
     Raises:
-        ValueError: a file is missing, broken or without confidences, or has no such filter or metric or several.
+        ValueError: a file is missing, broken or without confidences, or has no such filter or metric, or several to
+            choose from.
     """
     confidence, correct = [], []
     for file in files:
@@ -223,7 +230,7 @@ def read_answers(files: list[str], filter_name: str | None, metric: str | None) 
 
 
 def choose(file: str, what: str, names: list[str], wanted: str | None) -> str:
-    """Find the wanted name among those that a file has; when none is wanted the only one."""
+    """Find the wanted name among those that a file has; without a wanted name, take the only one."""
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted not in names:

@@ -3,8 +3,8 @@
     python recipes/table.py plain=a/results.json,b/results.json DIPNet=c/results.json,d/results.json \\
         --metrics NLL=gsm8k_local.eval_nll "exact match=gsm8k_local.exact_match,strict-match"
 
-A group has a line for its last step, one for its best checkpoint and one for the mean of k noisy passes, as far as its
-runs were scored so. A metric is the dotted name of one of a task's scores.
+A group has a line for its last step. If its runs were scored that way, it has one for its best checkpoint and one for
+the mean of k noisy passes. A metric is the dotted name of one of a task's scores.
 """
 
 import argparse
@@ -21,10 +21,13 @@ from report.results import check_same_settings, numbers, read_results, split_gro
 def main(arguments: list[str] | None = None) -> None:
     """Print the table that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", metavar="LABEL=FILE[,FILE...]", help="a group, a file per seed")
+    parser.add_argument("groups", nargs="+", metavar="LABEL=FILE[,FILE...]", help="a group, with one file per seed")
     parser.add_argument("--metrics", nargs="+", required=True, metavar="HEADING=NAME", help="the columns")
     args = parser.parse_args(arguments)
-    metrics = dict(metric.rpartition("=")[::2] for metric in args.metrics)
+    metrics = {}
+    for metric in args.metrics:
+        heading, _, name = metric.rpartition("=")  # a heading may contain "="
+        metrics[heading] = name
     rows: dict[str, dict[str, list[float]]] = {}
     for label, files in split_groups(args.groups).items():
         runs = [read_results(file) for file in files]
@@ -36,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def answers_of(results: dict) -> dict[str, dict]:
-    """The ways in which a run was scored: what follows the group's label, to its metrics and scores."""
+    """Metrics and scores of each way in which a run was scored, by what is added to the group's label."""
     answers = {"": results}
     if results.get("best_checkpoint"):
         answers[", best checkpoint"] = results["best_checkpoint"]

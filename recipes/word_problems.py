@@ -49,7 +49,7 @@ OPENINGS = (
 
 
 def _changes(operation, event, *texts):
-    """Make templates that tell of one event in several ways; the answer's line repeats the event, then calculates."""
+    """Make templates that tell one event in several ways; the answer's line repeats the event, then calculates."""
     return tuple(Template(text, ((f"x{operation}n", f"{event}: {{eq}} {{things}}."),)) for text in texts)
 
 
@@ -153,7 +153,7 @@ NUM_BUCKETS = 8
 
 
 class Regime(NamedTuple):
-    """What a split's problems may be; `buckets` are the values of `_bucket` the split keeps."""
+    """Which problems a split may contain; `buckets` are the values of `_bucket` that it keeps."""
 
     num_steps: tuple[int, ...]
     opening_numbers: range = range(10, 41)
@@ -179,11 +179,11 @@ def generate_splits(seed, sizes):
     others (2 or 3) differ in their number of steps. Of these others, `test_larger_numbers` opens with a larger number
     than the rest, and each problem of `test_unseen_templates` has a sentence that no other split uses. `train` and
     `test` are told apart by a hash of a problem's sentences and numbers, whatever its names and things: no test
-    problem is a training problem told of somebody else.
+    problem is a training problem told about somebody else.
 
     Args:
-        seed (`int`): what the problems are a function of.
-        sizes (`dict[str, int]`): how many problems of which split, for example `{"train": 2000, "test": 200}`.
+        seed (`int`): decides all problems.
+        sizes (`dict[str, int]`): the number of problems per split, for example `{"train": 2000, "test": 200}`.
 
     Returns:
         `dict[str, list[dict]]`: the problems of each split, `{"question": ..., "answer": ...}`, no question twice.
@@ -212,7 +212,7 @@ def _generate(rng, regime, size):
 
 
 def _draw(rng, regime):
-    """Draw a problem's filled templates in order; None where the draw led nowhere (nothing left to divide, say)."""
+    """Draw a problem's filled templates in order; None if the draw leads nowhere (nothing to divide, for example)."""
     opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
     num_changes = rng.choice(regime.num_steps) - len(opening.steps) - len(closing.steps)
     if num_changes < regime.min_changes:
@@ -231,6 +231,7 @@ def _draw(rng, regime):
 @cache
 def _fillings(template, x, opening_numbers):
     """List a template's fillings whose results are all whole and in 1..`LARGEST_RESULT`; an opening has no `x` yet."""
+    # The range depends on the first calculation's operation, the second letter of `n+m`. Only an opening uses `m`.
     operands = OPERANDS[template.steps[0][0][1]] if template.steps else range(1)
     pairs = product(opening_numbers, operands) if x is None else product(operands, range(1))
     fillings = (_fill(template, x, n, m) for n, m in pairs)
@@ -261,9 +262,8 @@ def _write(rng, fillings):
     name, friend = rng.sample(NAMES, 2)
     words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
     question = " ".join(filling.template.text.format(n=filling.n, m=filling.m, **words) for filling in fillings)
-    lines = [
-        line.format(n=filling.n, m=filling.m, eq=equation, **words)
-        for filling in fillings
-        for (_, line), equation in zip(filling.template.steps, filling.equations, strict=True)
-    ]
+    lines = []
+    for filling in fillings:
+        for (_, line), equation in zip(filling.template.steps, filling.equations, strict=True):
+            lines.append(line.format(n=filling.n, m=filling.m, eq=equation, **words))
     return {"question": question, "answer": "\n".join([*lines, f"#### {fillings[-1].x}"])}

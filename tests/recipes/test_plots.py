@@ -104,7 +104,7 @@ def test_results_of_the_recipe_itself_are_drawn(drawn, dip_runs, tmp_path):
         (["a={first}", "a={second}"], "Two groups are called a"),
         (["a={first},{warm}"], "The runs of a differ in temperature; make them groups of their own"),
         (["a={first},{copy}", "--heldout=all"], r"Two rows of a, noise off have num_samples=None and seed=\(0, 0\)"),
-        (["a={finetuned}"], "finetuned.json is not of recipes/distill.py; it scores gsm8k_local"),
+        (["a={finetuned}"], "finetuned.json was not written by recipes/distill.py; it scores gsm8k_local"),
     ],
 )
 def test_files_that_cannot_be_drawn_are_named(distilled, tmp_path, arguments, message):
