@@ -151,15 +151,13 @@ def mlp_of(layer: nn.Module) -> str | None:
     return next(iter(by_name or [name for name, _ in candidates]), None)
 
 
-def linears_of(layer: nn.Module) -> list[tuple[str, tuple[int, int]]]:
-    """The names of a layer's linear layers, each with its number of input channels and their dimension."""
-    linears = []
-    for name, module in modules_outside_adapters(layer):
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        channels = input_channels(module) if isinstance(base, (nn.Linear, Conv1D)) else None
-        if channels is not None:
-            linears.append((name, channels))
-    return linears
+def linears_of(layer: nn.Module) -> list[str]:
+    """The names of a layer's linear layers."""
+    return [
+        name
+        for name, module in modules_outside_adapters(layer)
+        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
+    ]
 
 
 def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -175,11 +173,15 @@ def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def input_channels(module: nn.Module) -> tuple[int, int] | None:
     """The number of channels of a module's input and their dimension, as far as the module itself tells.
 
-    A block tells by its first layer with weights if channels are dimension 1 there, as for a convolution.
+    A block tells by its first layer with weights if channels are dimension 1 there, as for a convolution. One along
+    the sequence beside linear layers does not tell: it is inside a mixer of tokens, whose channels are the last.
     """
     leaf: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     children = [child for name, child in leaf.named_children() if name != _PROJECTION_NAME]
     if children:
+        kinds = {type(part) for part in leaf.modules()}
+        if any(issubclass(kind, nn.Conv1d) for kind in kinds) and any(issubclass(kind, nn.Linear) for kind in kinds):
+            return None
         first = next((child for child in children if next(child.parameters(), None) is not None), None)
         channels = None if first is None else input_channels(first)
         return channels if channels is not None and channels[1] == 1 else None

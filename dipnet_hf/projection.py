@@ -96,13 +96,13 @@ class DipProjection(nn.Module, BaseTunerLayer):
 
     def _project_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
-            return (self(args[0]), *args[1:]), kwargs
+            return (self(args[0], from_host=True), *args[1:]), kwargs
         # Decoder layers call their attention with keywords only; its first tensor is the hidden states.
         name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-        return args, {**kwargs, name: self(kwargs[name])}
+        return args, {**kwargs, name: self(kwargs[name], from_host=True)}
 
     def _project_output(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return self(output)
+        return self(output, from_host=True)
 
     @property
     def adapter(self) -> str | None:
@@ -149,12 +149,21 @@ class DipProjection(nn.Module, BaseTunerLayer):
         """Let go of the latest forward pass's draw; an ensemble's holds noise."""
         self._use.draw = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, from_host: bool = False) -> torch.Tensor:
         """Return `x`, or a draw of u ~ N(x, scale^2 exp(logvar)) while noise is on; shape and dtype are those of `x`.
 
+        Args:
+            x (`torch.Tensor`): the site's input.
+            from_host (`bool`): the hook on the site's module calls, not a module that runs whatever it holds.
+
         Raises:
-            ValueError: noise is on but calibration has not found it yet.
+            ValueError: noise is on but calibration has not found it yet; or another than the hook calls.
         """
+        if not from_host:
+            raise ValueError(
+                f"'{self.site.name}' runs all modules that it holds, and the projection is one of them, so noise "
+                "cannot enter it. Name the first module in it as the site instead."
+            )
         if self.observer is not None:
             self.observer(x)
         draw = self._current_draw()

@@ -39,30 +39,42 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
         embedding = input_embedding(model)
         if embedding is None:
             raise ValueError(f"{type(model).__name__} has no input embedding. {NAME_MODULES}")
-        return [_embedding_site(model, name_of(model, embedding))]
+        return [_site(model, name_of(model, embedding))]
 
     layers = _select(decoder_layers(model), config)
-    sites = []
+    names = []
     for name, layer in layers:
         if config.target_sites == "decoder_layer":
-            sites.append(Site(name, *_hidden_size(model, name)))
+            names.append(name)
         elif config.target_sites == "linear":
-            sites += [Site(f"{name}.{part}", *channels) for part, channels in linears_of(layer)]
+            names += [f"{name}.{part}" for part in linears_of(layer)]
         else:
             part = attention_of(layer) if config.target_sites == "attention" else mlp_of(layer)
             if part is not None:
-                sites.append(Site(f"{name}.{part}", *_hidden_size(model, name)))
-    if not sites:
+                names.append(f"{name}.{part}")
+    if not names:
         layer = layers[0][1]
         raise ValueError(
             f"{type(layer).__name__} has no part that target_sites={config.target_sites!r} could mean; its parts are "
             f"{[name for name, _ in layer.named_children()]}. {NAME_MODULES}"
         )
-    return sites
+    return [_site(model, name) for name in names]
 
 
-def _embedding_site(model: Any, name: str) -> Site:
-    return Site(name, model.get_submodule(name).weight.shape[1], at_output=True)
+def _site(model: nn.Module, name: str) -> Site:
+    """The site at a module. A `Sequential` would run a projection that it holds, so its first module holds it."""
+    module: Any = model.get_submodule(name)
+    if module is input_embedding(model):
+        return Site(name, module.weight.shape[1], at_output=True)
+    while type(module).forward is nn.Sequential.forward and len(module):
+        first, module = next(iter(module.named_children()))
+        name = f"{name}.{first}"
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"'{name}' ({type(module).__name__}) is a container, which takes whatever it holds for a part of the "
+            "model, so noise cannot enter it. Name the modules in it, or the one around it."
+        )
+    return Site(name, *(input_channels(module) or _hidden_size(model, name)))
 
 
 def _select(layers: list[tuple[str, nn.Module]], config: DipConfig) -> list[tuple[str, nn.Module]]:
@@ -93,13 +105,7 @@ def _named_sites(model: nn.Module, config: DipConfig) -> list[Site]:
             f"target_modules={config.target_modules!r} match no module of {type(model).__name__}."
             + (f" The nearest names are {nearest}." if nearest else f" Its names are like {names[:10]}.")
         )
-    embedding = input_embedding(model)
-    return [
-        _embedding_site(model, name)
-        if module is embedding
-        else Site(name, *(input_channels(module) or _hidden_size(model, name)))
-        for name, module in matched
-    ]
+    return list(dict.fromkeys(_site(model, name) for name, _ in matched))
 
 
 def _check_layers_exist(config: DipConfig, matched_names: list[str]) -> None:

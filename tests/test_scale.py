@@ -182,7 +182,7 @@ def test_an_input_of_another_width_is_named():
     )
     config = DipConfig(weights="frozen", target_modules=r".*mlp\.1$", granularity="layer", init_noise_std=0.1)
     with pytest.raises(
-        ValueError, match=r"'model\.layers\.1\.mlp\.1' should have 32 channels along dimension -1.*48\)"
+        ValueError, match=r"'model\.layers\.1\.mlp\.1\.0' should have 32 channels along dimension -1.*48\)"
     ):
         get_dip_model(model, config, calibration=[make_outlier_batch()])
 

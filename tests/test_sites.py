@@ -210,8 +210,52 @@ def test_an_adapter_on_a_projected_layer_gets_its_noise(tiny_llama, batch):
 
 
 @pytest.mark.parametrize(
+    ("name", "fields", "expected", "width"),
+    [
+        ("ctrl", {"target_sites": "mlp"}, [f"transformer.h.{i}.ffn" for i in range(NUM_LAYERS)], HIDDEN_SIZE),
+        ("resnet", {"target_modules": r".*stages\.1\.layers\.1\.layer"}, [f"{STAGES}.1.layers.1.layer"], 16),
+    ],
+)
+def test_noise_enters_a_sequence_of_modules_once(name, fields, expected, width):
+    model = get_dip_model(build(name), dip_config(**fields)).eval()
+    assert list(projections(model)) == [f"{sequence}.0" for sequence in expected]
+    assert all(projection.site.num_channels == width for projection in projections(model).values())
+    base = model.get_base_model()
+    last = [f"{sequence}.{len(build(name).get_submodule(sequence)) - 1}" for sequence in expected]
+    seen = record(base, [*expected, *last], at_output=True)
+    for noise in (model.deterministic(), model.sampling(seed=0)):
+        with torch.no_grad(), noise:
+            model(**make_batch(name))
+    for sequence, end in zip(expected, last):
+        assert torch.equal(seen[sequence][1], seen[end][1])  # nothing comes behind the last module
+        assert not torch.equal(*seen[sequence])
+
+
+@pytest.mark.parametrize("kind", ["children", "sequential"])
+def test_noise_never_enters_where_a_module_runs_whatever_it_holds(tiny_llama, batch, kind):
+    class RunsItsChildren(nn.Sequential if kind == "sequential" else nn.Module):
+        def forward(self, x):
+            for child in self.children():
+                x = child(x)
+            return x
+
+    block = RunsItsChildren()
+    block.add_module("first", nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE))
+    tiny_llama.model.layers[1].mlp = block
+    fields = {"target_modules": ["mlp"], "layers_to_transform": [1]}
+    if kind == "sequential":
+        with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp' \(RunsItsChildren\) is a container.*Name the"):
+            get_dip_model(tiny_llama, dip_config(**fields))
+        return
+    model = get_dip_model(tiny_llama, dip_config(**fields))
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp' runs all modules that it holds.*Name the first"):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
+        ("llama", {"target_modules": ["layers"]}, r"'model\.layers' \(ModuleList\) is a container.*Name the modules"),
         ("llama", {"target_modules": ["q_prj"]}, r"match no module of LlamaForCausalLM.*nearest names.*'q_proj'"),
         ("llama", {"target_modules": r".*\.zzz"}, r"match no module of LlamaForCausalLM"),
         ("llama", {"layers_to_transform": 3}, r"layers_to_transform=\[3\] must be layers from 0 to 2"),
