@@ -95,11 +95,13 @@ class DipProjection(nn.Module, BaseTunerLayer):
         del module.dip_projection
 
     def _project_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (self(args[0], from_host=True), *args[1:]), kwargs
-        # Decoder layers call their attention with keywords only; its first tensor is the hidden states.
-        name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-        return args, {**kwargs, name: self(kwargs[name], from_host=True)}
+        # Decoder layers call their attention with keywords only; the first tensor of others is what they work on too.
+        tensors = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
+        x = args[0] if args else kwargs.get("hidden_states", tensors[0])
+        u = self(x, from_host=True)
+        # An attention may be given one tensor as its queries, its keys and its values.
+        changed = {name: u if value is x else value for name, value in kwargs.items()}
+        return tuple(u if value is x else value for value in args), changed
 
     def _project_output(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return self(output, from_host=True)

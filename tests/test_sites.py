@@ -148,6 +148,32 @@ def test_channels_of_a_convolution_are_dimension_one():
         assert neighbours.mean().abs() < 5 * neighbours.numel() ** -0.5
 
 
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_queries_keys_and_values_of_one_tensor_get_one_noise(tiny_llama, batch, by_keyword):
+    class SelfAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.MultiheadAttention(HIDDEN_SIZE, 4, batch_first=True)
+
+        def forward(self, x):
+            mixed, _ = self.mix(query=x, key=x, value=x) if by_keyword else self.mix(x, x, x)
+            return mixed
+
+    tiny_llama.model.layers[1].mlp = SelfAttention()
+    model = get_dip_model(tiny_llama, dip_config(target_modules=["mix"])).eval()
+    layer = model.get_base_model().model.layers[1].mlp
+    seen = []
+    layer.mix.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append([*args, *kwargs.values()]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch)
+        with model.sampling(seed=0):
+            model(**batch)
+    plain, noisy = seen
+    assert len(noisy) == 3 and all(x is noisy[0] for x in noisy) and not torch.equal(plain[0], noisy[0])
+
+
 def test_granularity_layer_has_one_variance_a_site(tiny_llama, batch):
     model = get_dip_model(tiny_llama, dip_config(granularity="layer")).train()
     model(**batch).loss.backward()
