@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState
 
 from recipes.config import DistillConfig, FinetuneConfig, dump_config
-from report.output_folder import write_whole
+from report.output_folder import check_files, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ def model_dtype(config: FinetuneConfig) -> torch.dtype | str:
 
 def load_base(run: FinetuneConfig) -> PreTrainedModel:
     """Load the model that the run started from."""
+    if Path(run.model).is_dir():
+        check_files(run.model)
     return AutoModelForCausalLM.from_pretrained(
         run.model,
         dtype=model_dtype(run),
@@ -58,6 +60,7 @@ def load_base(run: FinetuneConfig) -> PreTrainedModel:
 
 def load_dip_run(folder: str, run: FinetuneConfig) -> PeftModel:
     """Load the network of a finished run, with its noise."""
+    check_files(folder)
     return PeftModel.from_pretrained(load_base(run), folder).eval()
 
 
@@ -72,12 +75,13 @@ def last_whole_checkpoint(output_dir: Path) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Tell by what the Trainer's main process writes last, and by what the other processes write meanwhile."""
+    """Tell by the Trainer's state, which its main process writes last, and by the files themselves."""
     try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except (OSError, ValueError):
+        check_files(checkpoint)
+    except ValueError:
         return False
-    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("rng_state*.pth"))
+    pickled = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return (checkpoint / "trainer_state.json").is_file() and all(map(zipfile.is_zipfile, pickled))
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> None:

@@ -1,11 +1,13 @@
 """The folder that a run writes to: of one run at a time, and without a file that is not whole under its final name."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
@@ -47,3 +49,22 @@ def write_whole(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not say its file
     os.replace(beside, path)
+
+
+def check_files(folder: str | os.PathLike) -> None:
+    """Read the JSON files of a folder, and the headers of its weights, which tell their size.
+
+    Raises:
+        ValueError: a file was cut, or holds something else than its name says.
+    """
+    for path in sorted(Path(folder).iterdir()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} is broken, or was not written to its end: {error}. Restore or delete it."
+            ) from error

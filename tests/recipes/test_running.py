@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerState
 
 from recipes.running import last_whole_checkpoint
@@ -11,7 +12,7 @@ def save_checkpoint(folder, step):
     """Write what tells a whole checkpoint, in the Trainer's order."""
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
-    (checkpoint / "adapter_model.safetensors").write_bytes(b"weights")
+    save_file({"weight": torch.ones(100)}, checkpoint / "adapter_model.safetensors")
     torch.save({"cpu": torch.random.get_rng_state()}, checkpoint / "rng_state.pth")
     TrainerState(global_step=step).save_to_json(str(checkpoint / "trainer_state.json"))
     return checkpoint
@@ -25,7 +26,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_latest_step(tmp_path):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
 
 
-@pytest.mark.parametrize("file", ["trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("file", ["trainer_state.json", "rng_state.pth", "adapter_model.safetensors"])
 @pytest.mark.parametrize("share", [0, 0.5], ids=["empty", "half"])
 def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog, file, share):
     whole, torn = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 4) / file

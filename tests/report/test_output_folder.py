@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from report.output_folder import occupied, write_whole
+from report.output_folder import check_files, occupied, write_whole
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -69,3 +71,15 @@ def test_a_failed_write_leaves_the_old_file_and_says_which(tmp_path, monkeypatch
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "old"
     write_whole(path, "new")
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_broken_file_is_named(tmp_path, name):
+    (tmp_path / "adapter_config.json").write_text('{"r": 2}')
+    save_file({"weight": torch.ones(100)}, tmp_path / "adapter_model.safetensors")
+    check_files(tmp_path)
+    data, other = (tmp_path / name).read_bytes(), b"a page of something else"
+    for broken in (b"", data[:-1], other):
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{name} is broken, or was not written to its end"):
+            check_files(tmp_path)
