@@ -3,13 +3,13 @@
     python benchmarks/ensemble.py                # all rows, tables and benchmarks/results/ensemble-<device>.json
     python benchmarks/ensemble.py --hidden 256 --samples 1 8 --rounds 3
 
-Generation is greedy, from one prompt of random tokens, of the same number of new tokens on every side: `plain` is one
-call of the network without DIPNet, `separate` k calls of one sample each, `ensemble` one call of k samples.
+Generation is greedy, from one prompt of random tokens, and every side generates the same number of tokens: `plain` is
+one call of the network without DIPNet, `separate` k calls of one sample each, `ensemble` one call of k samples.
 Scoring is a forward pass of the prompts and options of multiple-choice questions, batch by batch, with the noise off
-and inside an ensemble. Time is measured in rounds: every side once, in rotating order, in one process, so that what
-else the machine does hits all; a row gives the median and the quartiles of the rounds' ratios. Peak memory, model
-included, is measured in a process of its own for each side. Absolute times mean something on a GPU only, where the
-network is larger and bfloat16. Not run on a GPU yet.
+and inside an ensemble. A round times every side once, in rotating order and in one process, so that other load on the
+machine hits all sides. A row gives the median and the quartiles of the rounds' ratios. Peak memory, model included, is
+measured in one process per side. Absolute times are meaningful only on a GPU, where the network is larger and
+bfloat16. Not run on a GPU yet.
 """
 
 import argparse
@@ -43,7 +43,7 @@ VOCAB_SIZE = 8192
 PROMPT_LENGTH, ANSWER_LENGTH = 128, 64
 NUM_REQUESTS, REQUEST_LENGTH, BATCH_SIZE = 200, 96 + 8, 16  # prompt and option
 TARGET_SAMPLES = 8  # k of the throughput target, of scoring and of the rows with half of the layers projected
-ROUNDS_OF_ONE = 4  # the rows of k = 1, quick and with ratios near 1, get so many times the rounds
+ROUNDS_OF_ONE = 4  # rows of k = 1 get this many times the rounds: they are quick, with ratios near 1
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN_SIZES)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--rounds", type=int, default=6, help="timed rounds a row")
+    parser.add_argument("--rounds", type=int, default=6, help="timed rounds per row")
     parser.add_argument(
         "--memory-of", nargs=4, metavar=("WORK", "HIDDEN", "LAYERS", "SAMPLES"), help=argparse.SUPPRESS
     )
@@ -130,7 +130,7 @@ def answer_separately(model: nn.Module, prompt: dict[str, torch.Tensor], samples
 
 @torch.no_grad()
 def score(model: nn.Module, batch: dict[str, torch.Tensor], samples: int) -> torch.Tensor:
-    """The logits of a batch of requests under the mean of k samples; of none, with the noise off."""
+    """The logits of a batch of requests: those of the mean of k samples, or with the noise off if k is 0."""
     with model.ensemble(samples) if samples else model.deterministic():
         return model(**batch).logits
 
@@ -222,7 +222,7 @@ def time_scoring(hidden: int, samples: int) -> list[dict[str, float]]:
 
 
 def check_targets(rows: list[dict], hidden: int) -> list[dict]:
-    """What the targets of the largest network say, and whether the medians meet them."""
+    """The targets, which are for the largest network, and whether the medians meet them."""
     checked = {
         TARGET_SAMPLES: (f"at least 2.5 times the throughput of {TARGET_SAMPLES} calls", "throughput_over_separate"),
         1: ("at most 1.05 times plain generate's time", "time_over_plain"),
@@ -237,8 +237,8 @@ def check_targets(rows: list[dict], hidden: int) -> list[dict]:
 
 
 def print_tables(rows: list[dict], scoring: list[dict], targets: list[dict]) -> None:
-    """Print one line a case, and one a target."""
-    print("Generation: new tokens a second, and the ensemble against k calls and against one plain call (quartiles)")
+    """Print one line per case, and one per target."""
+    print("Generation: new tokens per second, and the ensemble against k calls and against one plain call (quartiles)")
     print(
         f"{'hidden':>6} {'layers':>6} {'k':>3}  {'plain':>7} {'k calls':>7} {'ens.':>7}   throughput / k calls   "
         "time / plain           memory / plain  / k calls"

@@ -2,9 +2,9 @@
 
     python benchmarks/gradient_variance.py       # table, figure and benchmarks/results/gradient_variance-cpu.*
 
-On the real 260K-parameter Llama and GSM8K, every decoder layer projected, gradients of eq. (2) alone. For a fixed
-batch of problems the variance over draws of the noise, summed over all weights, is the noise's part; the variance of
-noise-free gradients over batches is the data's part. FLOPs are those that PyTorch's counter sees in a step.
+The model is the real 260K-parameter Llama on GSM8K with every decoder layer projected; gradients are of eq. (2) alone.
+The noise's part is their variance over draws for a fixed batch of problems, summed over all weights. The data's part
+is the variance of noise-free gradients over batches. FLOPs are those that PyTorch's counter sees in a step.
 """
 
 import argparse
@@ -41,14 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as finetune.py's")
     parser.add_argument("--draws", type=int, default=12, help="gradients of one batch at each S")
     parser.add_argument("--batches", type=int, default=2, help="fixed batches that the noise's part is averaged over")
-    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning before the second state")
+    parser.add_argument("--steps", type=int, default=100, help="fine-tuning steps before the second state")
     args = parser.parse_args(arguments)
 
     config = load_config(CONFIG, args.set)
     tokenizer = load_tokenizer(config)
     _, rows, _, _ = prepare_data(config, tokenizer)
     collate = make_collator(tokenizer)
-    batches = [collate([rows[i + j] for j in range(BATCH_SIZE)]) for i in range(0, len(rows) - BATCH_SIZE, BATCH_SIZE)]
+    starts = range(0, len(rows) - BATCH_SIZE, BATCH_SIZE)
+    batches = [collate([rows[start + i] for i in range(BATCH_SIZE)]) for start in starts]
 
     results = []
     states = [(std, num_steps) for std in NOISE_STDS for num_steps in (0, args.steps)]
@@ -140,19 +141,16 @@ def print_table(rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw the noise's variance times FLOPs over S, a panel a noise level."""
+    """Draw the noise's variance times FLOPs over S, one panel per noise level."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(NOISE_STDS), figsize=(9, 4.6), sharey=True, layout="constrained")
     for axis, std in zip(axes, NOISE_STDS, strict=True):
         for num_steps, style in zip(sorted({row["num_steps"] for row in rows}), ("-", "--"), strict=False):
             for sampling, color in zip(SAMPLINGS, ("tab:blue", "tab:orange"), strict=True):
-                curve = [
-                    row
-                    for row in rows
-                    if (row["noise_std"], row["num_steps"]) == (std, num_steps)
-                    and (row["sampling"] == sampling or row["num_samples"] == 1)
-                ]
+                curve = [row for row in rows if (row["noise_std"], row["num_steps"]) == (std, num_steps)]
+                # Both samplings begin at S = 1, which is measured once.
+                curve = [row for row in curve if row["sampling"] == sampling or row["num_samples"] == 1]
                 label = f"{sampling}, after {num_steps} steps"
                 values = [row["noise_variance_times_flops"] for row in curve]
                 axis.plot([row["num_samples"] for row in curve], values, style, color=color, marker="o", label=label)

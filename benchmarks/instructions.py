@@ -2,11 +2,11 @@
 
     python benchmarks/instructions.py            # table and benchmarks/results/instructions-cpu.json; needs no GPU
 
-Triton's own compiler makes the machine code for each GPU, and an element's instructions are counted in it: the forward
-kernel's, and those of the backward kernel's loop, as often as it runs, and around it. A GPU issues the instructions of
-four warps a cycle and multiprocessor. That time over the time of the element's bytes, at the memory's nominal
-bandwidth, tells which of the two is the floor: above 1 no kernel of so many instructions reaches the bandwidth of a
-copy. It is a bound of what is possible and no measurement. The GPUs' figures are those of their data sheets.
+Triton's own compiler makes the machine code for each GPU, and the instructions per element are counted in it; those in
+the backward kernel's loop count as often as the loop runs. Per cycle, a multiprocessor issues instructions for four
+warps. The table has the time to issue an element's instructions over the time to move its bytes at the memory's
+nominal bandwidth. Above 1, no kernel with so many instructions reaches the bandwidth of a copy. This is a bound, not a
+measurement. The GPUs' figures are those of their data sheets.
 """
 
 import re
@@ -28,11 +28,11 @@ from dipnet_hf.kernels import projection as kernels
 
 HIDDEN_SIZE = 2048
 NUM_WARPS = 4  # Triton's default
-ISSUED_A_CYCLE = 4 * 32  # of one multiprocessor: four schedulers, each of which serves a warp of 32 elements
+ISSUED_PER_CYCLE = 4 * 32  # in one multiprocessor: by four schedulers, each for a warp of 32 threads
 
 
 class Gpu(NamedTuple):
-    """Compute capability, multiprocessors, boost clock in Hz and memory bandwidth in bytes a second."""
+    """Compute capability, multiprocessors, boost clock in Hz and memory bandwidth in bytes per second."""
 
     capability: int
     num_multiprocessors: int
@@ -55,9 +55,10 @@ def main() -> None:
             for antithetic in (False, True):
                 for approximate in (True, False):
                     compiled = compile_kernel(direction, gpu.capability, antithetic, approximate)
-                    instructions = instructions_an_element(compiled, direction, antithetic)
-                    issue_time = instructions / (gpu.num_multiprocessors * ISSUED_A_CYCLE * gpu.clock)
-                    memory_time = (4 if direction == "forward" else 2) / gpu.bandwidth  # bfloat16: read, and written
+                    instructions = instructions_per_element(compiled, direction, antithetic)
+                    issue_time = instructions / (gpu.num_multiprocessors * ISSUED_PER_CYCLE * gpu.clock)
+                    # A bfloat16 element is read and written, or only read.
+                    memory_time = (4 if direction == "forward" else 2) / gpu.bandwidth
                     rows.append(
                         {
                             "gpu": name,
@@ -97,6 +98,7 @@ def compile_kernel(direction: str, capability: int, antithetic: bool, approximat
         **dict.fromkeys(constants, "constexpr"),
     }
     places = {name: (kernel.arg_names.index(name),) for name in types}
+    # At a launch Triton finds the pointers aligned and the hidden size divisible by 16, and compiles for that.
     source = ASTSource(
         kernel,
         types,
@@ -110,8 +112,8 @@ def _num_blocks() -> int:
     return kernels._ROWS_PER_PROGRAM // kernels._blocks(HIDDEN_SIZE // 4)[0]
 
 
-def instructions_an_element(compiled, direction: str, antithetic: bool) -> float:
-    """The instructions that a thread executes at most, over the elements that it handles."""
+def instructions_per_element(compiled, direction: str, antithetic: bool) -> float:
+    """The largest number of instructions that a thread executes, over the number of elements that it handles."""
     block_p, block_g = kernels._blocks(HIDDEN_SIZE // 4)
     num_elements = block_p * block_g * 4 * (1 + antithetic) / (32 * NUM_WARPS)
     lines = disassemble(compiled).splitlines()
@@ -150,13 +152,13 @@ def loops(lines: list[str]) -> list[list[str]]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a kernel."""
-    print(f"{'GPU':>5} {'':>9} {'pairs':>6} {'functions':>12}  instructions an element  issue time over memory time")
+    """Print one line per kernel."""
+    print(f"{'GPU':>5} {'':>9} {'pairs':>6} {'functions':>12}  instructions per element  issue time over memory time")
     for row in rows:
         functions = "approximate" if row["approximate_functions"] else "exact"
         print(
             f"{row['gpu']:>5} {row['direction']:>9} {row['antithetic']!s:>6} {functions:>12}  "
-            f"{row['instructions_an_element']:>23.1f} {row['issue_time_over_memory_time']:>28.2f}"
+            f"{row['instructions_an_element']:>24.1f} {row['issue_time_over_memory_time']:>28.2f}"
         )
 
 

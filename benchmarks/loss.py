@@ -2,10 +2,11 @@
 
     python benchmarks/loss.py                    # all rows, table and benchmarks/results/loss-<device>.json
 
-Forward and backward from the hidden states of N supervised tokens in S samples, for a trained and for a frozen head.
-The naive loss takes the logits of all tokens and transformers' cross entropy, TRL's its chunked log-probabilities,
-which know no eq. (4) on logits, and Liger's, on a GPU where it is installed, its fused cross entropy. Time is measured
-in turns in one process, peak memory in a process of its own above what the inputs hold. Not run on a GPU yet.
+Forward and backward pass from the hidden states of N supervised tokens in S samples, for a trained and a frozen head.
+The naive loss computes the logits of all tokens, and transformers' cross entropy. TRL's loss is its chunked
+log-probabilities, which cannot give eq. (4) on logits; Liger's, on a GPU where it is installed, its fused cross
+entropy. Times are measured in turns in one process; peak memory in one process per case, above what the inputs hold.
+Not run on a GPU yet.
 """
 
 import argparse
@@ -38,7 +39,7 @@ if torch.cuda.is_available():
 else:
     DEVICE, DTYPE, HIDDEN_SIZE, NUM_TOKENS, VOCAB_SIZES = "cpu", torch.float32, 512, 1024, [8192, 32_000]
 STABILITY_WEIGHT = 0.1
-TRL_CHUNK_SIZE = 32_768  # logits of the vocabulary in a tile, that of TRL's trainers
+TRL_CHUNK_SIZE = 32_768  # entries of the vocabulary per tile, as in TRL's trainers
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -133,7 +134,7 @@ if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
 
 
 def step_of(vocab_size: int, num_samples: int, head: str, loss: str) -> Callable[[], None]:
-    """Forward and backward of a loss on inputs that are made here."""
+    """A function that runs the forward and backward pass of a loss, on inputs that are made here."""
     generator = torch.Generator(device=DEVICE).manual_seed(0)
     hidden = torch.randn(num_samples * NUM_TOKENS, HIDDEN_SIZE, generator=generator, device=DEVICE).to(DTYPE)
     weight = torch.randn(vocab_size, HIDDEN_SIZE, generator=generator, device=DEVICE).div_(HIDDEN_SIZE**0.5).to(DTYPE)
@@ -149,7 +150,7 @@ def step_of(vocab_size: int, num_samples: int, head: str, loss: str) -> Callable
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a case."""
+    """Print one line per case."""
     print(f"{'V':>7} {'S':>2} {'head':>8}  {'loss':<27} time over naive (quartiles)  memory over naive  peak MiB")
     for row in rows:
         print(

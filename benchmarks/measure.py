@@ -1,6 +1,6 @@
 """What the benchmarks share: seconds in interleaved rounds, peak memory in a process of its own, result files.
 
-What is measured stands in the scripts, one per question.
+What is measured is up to the scripts, one per question.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def time_round(sides: dict[str, Callable[[], object]], number: int) -> dict[str, float]:
-    """The seconds of each side, run once; which one is the first rotates with the round's `number`."""
+    """Run each side once and return its seconds; the order rotates with the round's `number`."""
     names = list(sides)
     first = number % len(names)
     return {name: seconds(sides[name]) for name in names[first:] + names[:first]}
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Run `work`; returns its seconds, those of the device included."""
+    """Run `work` and return its seconds, those of the device included."""
     synchronize()
     start = time.perf_counter()
     work()
@@ -45,7 +45,7 @@ def synchronize() -> None:
 
 
 def summarize(name: str, ratios: Sequence[float]) -> dict[str, float | list[float]]:
-    """The median and the quartiles of rounds' ratios, as entries of a row."""
+    """The median and the quartiles of the rounds' ratios, as entries of a row."""
     quartiles = statistics.quantiles(ratios, n=4)
     return {name: statistics.median(ratios), f"{name}_quartiles": [quartiles[0], quartiles[2]]}
 
@@ -57,9 +57,9 @@ def format_ratio(row: dict, name: str) -> str:
 
 
 def memory_in_own_process(script: str, *case: object) -> int:
-    """What a fresh process of `script` prints when asked for `--memory-of` a case: bytes.
+    """The bytes that a fresh process of `script` prints when it is asked for `--memory-of` a case.
 
-    On a GPU this process does as well, since the allocator knows what a case adds, and starting another takes long.
+    On a GPU this process measures them itself: the allocator knows what a case adds, and starting another takes long.
     """
     if torch.cuda.is_available():
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -73,7 +73,7 @@ def memory_in_own_process(script: str, *case: object) -> int:
 def peak_memory(work: Callable[[], object]) -> int:
     """Bytes at the peak of `work` above what the process held before."""
     if torch.cuda.is_available():
-        gc.collect()  # trainers hold each other
+        gc.collect()  # trainers are in reference cycles
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -90,7 +90,7 @@ def resident_bytes(field: str) -> int:
 
 
 def results_path(script: str) -> Path:
-    """Where a script's results stand."""
+    """The path of a script's result file on this device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return RESULTS / f"{Path(script).stem}-{device}.json"
 

@@ -1,12 +1,12 @@
-"""Which scale of the noise fits a real model: the loss at several levels, and what training makes of the best ones.
+"""Which scale of the noise fits a real model: the loss at several levels before training, and the loss after it.
 
     python benchmarks/noise_scale.py recipes/configs/smollm2-svamp.yaml              # the table, before any training
     python benchmarks/noise_scale.py recipes/configs/smollm2-svamp.yaml --train 4    # and four epochs at each scale
 
-Writes `results/noise_scale-<model>-cpu.json`, a row as soon as it is measured; started again it goes on. Candidates
-are set in place of the scale that calibration measured, from the same tokens. Training is that of
-`recipes/finetune.py`, on the first 200 problems, and its NLL that of the last 100 of the training data. It starts at
-the level that costs `init_loss_increase`, so that scales are compared at an equal price.
+Writes `results/noise_scale-<model>-cpu.json`, each row as soon as it is measured; if started again, it continues. Each
+candidate replaces the scale that calibration measured, and is computed from the same tokens. Training is that of
+`recipes/finetune.py`, on the first 200 problems; its NLL is that of the last 100 problems of the training data. It
+starts at the level that costs `init_loss_increase`, so that scales are compared at an equal price.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def median_deviation(x_ND: torch.Tensor, update_ND: torch.Tensor) -> torch.Tenso
 
 
 def interquartile_range(x_ND: torch.Tensor, update_ND: torch.Tensor) -> torch.Tensor:
-    """Over that of a standard normal."""
+    """The interquartile range over that of a standard normal."""
     low, high = (x_ND.kthvalue(max(1, int(len(x_ND) * part)), dim=0).values for part in (0.25, 0.75))
     return (high - low) / 1.349
 
@@ -68,7 +68,7 @@ def clipped_rms(x_ND: torch.Tensor, update_ND: torch.Tensor) -> torch.Tensor:
 
 
 def update_deviation(x_ND: torch.Tensor, update_ND: torch.Tensor) -> torch.Tensor:
-    """The median absolute deviation of what the layer adds to the stream."""
+    """The median absolute deviation of what the layer adds to the residual stream."""
     return channel_scale(update_ND)
 
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config", type=Path, help="YAML file of recipes/finetune.py")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as finetune.py's")
     parser.add_argument("--train", type=int, metavar="EPOCHS", help="train at each scale too")
-    parser.add_argument("--scales", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="which ones")
+    parser.add_argument("--scales", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="which candidates")
     args = parser.parse_args(arguments)
 
     sizes = [f"max_train_samples={NUM_TRAIN}", f"num_validation_samples={NUM_VALIDATION}", "max_eval_samples=1"]
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure_table(config: FinetuneConfig, names: list[str], results: "Results") -> dict[str, list[torch.Tensor]]:
-    """Measure the loss before training at every scale and level; returns the scales."""
+    """Measure the loss before training at every scale and level, and return the scales."""
     model, batches = calibrated_model(config)
     scales = candidate_scales(model, batches)
     level = model.init_noise_std
@@ -133,7 +133,7 @@ class Results:
             self._provenance, self._rows = earlier["provenance"], earlier["rows"]
 
     def add(self, case: dict, measure: Callable[[], dict]) -> None:
-        """Measure a case, unless there is a row of it, and write it down."""
+        """Measure a case and write its row, unless the file has one."""
         if any(case.items() <= row.items() for row in self._rows):
             return
         self._rows.append({**case, **measure(), "commit": self._commit})
@@ -162,6 +162,7 @@ def candidate_scales(model, batches: list[dict]) -> dict[str, list[torch.Tensor]
 
         def keep(module, args, kwargs, output, number=number):
             x = args[0] if args else kwargs["hidden_states"]
+            # `mask` is that of the batch that runs now, see below.
             entered[number].append(x[mask].float())
             left[number].append((output[0] if isinstance(output, tuple) else output)[mask].float())
 
@@ -176,18 +177,19 @@ def candidate_scales(model, batches: list[dict]) -> dict[str, list[torch.Tensor]
 
 
 def noisy_loss(model, batches: list[dict], std: float) -> float:
-    """The loss of the batches with noise at all sites; without at a std of 0."""
+    """The loss of the batches with noise at all sites, or without noise if the std is 0."""
     rows = model.noise_sweep(batches, [std] if std else [], per_site=False)
     return rows[-1]["loss"]
 
 
 def train(config: Path, overrides: list[str], case: dict, scales: list[torch.Tensor] | None) -> dict:
-    """Fine-tune at a candidate's scale, or without noise; the level it began at and the NLL after each epoch."""
+    """Fine-tune at a candidate's scale, or without noise; return the initial level and the NLL after each epoch."""
     name = "-".join(str(value).replace(" ", "_") for value in case.values())
     folder = Path("runs") / "noise_scale" / Path(load_config(str(config), overrides).model).name / name
     evaluation = ["training.eval_strategy=epoch", "evaluation.tasks=[]", "evaluation.num_samples=null"]
     overrides = [*overrides, *evaluation, f"training.output_dir={folder}", *(["dip=null"] if scales is None else [])]
     if not (folder / "results.json").exists():
+        # The recipe's calibration then takes this scale, and finds the level for it.
         with mock.patch.object(ScaleMeter, "scales", lambda self: scales):
             finetune.main([str(config), "--set", *overrides])
     results = json.loads((folder / "results.json").read_text())

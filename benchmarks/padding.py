@@ -2,10 +2,10 @@
 
     python benchmarks/padding.py                 # table and benchmarks/results/padding-<device>.json
 
-The batches hold the same problems, `NUM_BATCHES` of 16: in their order and padded (the recipe's default), sorted by
-length and padded (`training.train_sampling_strategy: group_by_length`), or put one after the other into one row (the
-recipe's default with a flash attention, which is used here where it is installed). A step is forward and backward of
-`dip_loss` at S = 1 on the 260K-parameter Llama of stories. Not run on a GPU yet.
+All kinds hold the same problems, in `NUM_BATCHES` batches of 16: in their order and padded (the recipe's default),
+sorted by length and padded (`training.train_sampling_strategy: group_by_length`), or padding-free, with all problems
+of a batch in one row (the recipe's default with flash attention, which is used here if it is installed). A step is the
+forward and backward pass of `dip_loss` at S = 1 on the 260K-parameter Llama of stories. Not run on a GPU yet.
 """
 
 import argparse
@@ -77,19 +77,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def collate(rows: list[dict], collator) -> list[dict]:
     """Batches of these rows, in their order, on the device."""
-    batches = [collator(rows[start : start + BATCH_SIZE]) for start in range(0, len(rows), BATCH_SIZE)]
-    return [{name: value.to(DEVICE) if hasattr(value, "to") else value for name, value in b.items()} for b in batches]
+    batches = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = collator(rows[start : start + BATCH_SIZE])
+        batches.append({name: value.to(DEVICE) if hasattr(value, "to") else value for name, value in batch.items()})
+    return batches
 
 
 def train(model, batches: list[dict]) -> None:
-    """Forward and backward on every batch."""
+    """Run the forward and backward pass on every batch."""
     for batch in batches:
         dip_loss(model, batch).loss.backward()
         model.zero_grad()
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a kind of batch."""
+    """Print one line per kind of batch."""
     print(f"{'batches':<13} {'tokens':>7}  time over padded (quartiles)")
     for row in rows:
         print(f"{row['batches']:<13} {row['num_tokens']:>7}  {format_ratio(row, 'time_over_padded')}")

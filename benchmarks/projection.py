@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def eager(x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, antithetic: bool) -> torch.Tensor:
-    """Eq. (1) with the noise in the open."""
+    """Eq. (1) in plain PyTorch, with the noise as a tensor."""
     noise = torch.randn_like(x, dtype=torch.float32)
     return (x + scale * torch.exp(logvar / 2) * noise).to(x.dtype)
 
@@ -79,7 +79,7 @@ IMPLEMENTATIONS = {"eager": eager, "compiled": torch.compile(eager), "operator":
 
 
 def sides_of(shape: tuple[int, ...], names: list[str], antithetic: bool) -> tuple[Sides, Sides]:
-    """Forward passes, and backward passes of graphs that are built here; beside a copy of the same tensor each."""
+    """The forward passes, and the backward passes of graphs that are built here; both with a copy to compare with."""
     x = torch.randn(shape, device=DEVICE).to(DTYPE).requires_grad_()
     logvar = torch.zeros(shape[-1], device=DEVICE, requires_grad=True)
     scale, target, gradient = torch.tensor(0.1, device=DEVICE), torch.empty_like(x), torch.ones_like(x)
@@ -94,7 +94,7 @@ def sides_of(shape: tuple[int, ...], names: list[str], antithetic: bool) -> tupl
 
 
 def repeated(work: Callable[[], object]) -> Callable[[], None]:
-    """Several calls, long enough to be timed."""
+    """A function that calls `work` several times, long enough to be timed."""
 
     def calls() -> None:
         for _ in range(NUM_CALLS):
@@ -123,12 +123,12 @@ def tensor_bytes(shape: tuple[int, ...]) -> int:
 
 
 def memory_of(shape: tuple[int, ...], name: str) -> int:
-    """Bytes at the peak of forward and backward, above the input, its gradient included."""
+    """Bytes at the peak of the forward and backward pass, above the input but with its gradient."""
     x = torch.randn(shape, device=DEVICE).to(DTYPE).requires_grad_()
     logvar = torch.zeros(shape[-1], device=DEVICE, requires_grad=True)
     scale, gradient = torch.tensor(0.1, device=DEVICE), torch.ones_like(x)
     small = torch.zeros(1, 1, shape[-1], device=DEVICE, dtype=DTYPE, requires_grad=True)
-    IMPLEMENTATIONS[name](small, logvar, scale, False).sum().backward()  # compiles
+    IMPLEMENTATIONS[name](small, logvar, scale, False).sum().backward()  # compiles it before the measurement
 
     def both() -> None:
         IMPLEMENTATIONS[name](x, logvar, scale, False).backward(gradient)
@@ -137,7 +137,7 @@ def memory_of(shape: tuple[int, ...], name: str) -> int:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a case."""
+    """Print one line per case."""
     print(f"{'shape':>18} {'pairs':>6} {'':>9} {'implementation':>15}  copy bandwidth (quartiles)  peak / tensor")
     for row in rows:
         print(

@@ -1,9 +1,9 @@
-"""Whether two checkouts compute the same numbers, to the bit: what a change of the code's form must leave alone.
+"""Do two checkouts compute the same numbers, to the bit? A change of the code's form alone must not alter any.
 
     python benchmarks/same_numbers.py OTHER_CHECKOUT
 
 Losses, gradients (recomputed ones too), seeded draws, ensembles and generated text of seven architectures under five
-configs, from one process per checkout. Prints what differs; the exit status is 1 then.
+configs, from one process per checkout. If numbers differ, it prints their names and exits with status 1.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def dip_config(fields: dict[str, Any]) -> Any:
-    """A config from today's names, in those of the checkout."""
+    """Make the checkout's config from today's field names."""
     from dipnet_hf import DipConfig
 
     fields = dict(fields)
@@ -70,7 +70,7 @@ def dip_config(fields: dict[str, Any]) -> Any:
 
 
 def build(architecture: str) -> PreTrainedModel:
-    """A tiny model with random weights, so large that its predictions are sure of something and feel noise."""
+    """A tiny model whose random weights are so large that its predictions are confident and noise changes them."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **_SIZES, **ARCHITECTURES[architecture])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -90,7 +90,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Every gradient that there is."""
+    """The gradients of all parameters that have one."""
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -136,12 +136,11 @@ def numbers(architecture: str, fields: dict[str, Any]) -> dict[str, str]:
 def write_numbers() -> None:
     """Print the fingerprints of the checkout that the process runs in."""
     torch.set_num_threads(1)
-    table = {
-        f"{architecture}, {name}, {what}": value
-        for architecture in ARCHITECTURES
-        for name, fields in CONFIGS.items()
-        for what, value in numbers(architecture, fields).items()
-    }
+    table = {}
+    for architecture in ARCHITECTURES:
+        for name, fields in CONFIGS.items():
+            for what, value in numbers(architecture, fields).items():
+                table[f"{architecture}, {name}, {what}"] = value
     print(json.dumps(table))
 
 

@@ -3,9 +3,10 @@
     python benchmarks/scaling.py                 # all curves, table, figure and benchmarks/results/scaling-<device>.*
 
 One quantity is changed at a time, from a common point. The exponent of a power law is fitted to all points of a curve
-(least squares in log-log), and beside it stands the local exponent between the last two: a curve that is linear has 1.
-Times are medians of rounds that take all points in turns; peak memory is of a process of its own. A training step is
-that of `step.py` with all weights; k counts the samples of a pass without gradients. Not run on a GPU yet.
+(least squares in log-log); beside it is the local exponent between the last two points. A linear curve has exponent 1.
+Times are medians of rounds in which all points take turns; peak memory is measured in one process per point. A
+training step is that of `step.py` with all weights; k counts the samples of a pass without gradients. Not run on a GPU
+yet.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from dipnet_hf import DipConfig, DipTrainer, get_dip_model
 
 
 class Point(NamedTuple):
-    """One size of everything; `num_trajectories` is k of an ensemble's pass, 0 for a training step."""
+    """All sizes of one measurement; `num_trajectories` is k of an ensemble's pass, 0 for a training step."""
 
     num_samples: int = 1
     num_trajectories: int = 0
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def work_of(point: Point) -> Callable[[], object]:
-    """A training step, or an ensemble's pass, at this point."""
+    """A function that runs a training step, or an ensemble's pass, at this point."""
     set_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -144,7 +145,7 @@ def exponents(name: str, values: list[int], measured: list[float]) -> dict[str, 
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a curve."""
+    """Print one line per curve."""
     print(f"{'quantity':<16} {'values':<22} time over the first         exponent (last)   memory exponent (last)")
     for row in rows:
         times = ", ".join(f"{time:.2f}" for time in row["time_over_first"])

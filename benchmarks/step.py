@@ -4,10 +4,10 @@
     python benchmarks/step.py --hidden 256 --rounds 3
 
 A step is forward, backward and optimizer inside a trainer, on one batch of random tokens whose first half is a prompt
-without labels. The two trainers of a row take it in turns in one process, so that what else the machine does hits
-both; a row gives the median and the quartiles of the rounds' ratios. Peak memory, model and optimizer state included,
-is on a CPU the median of three processes of each trainer, which differ by a few percent. Liger runs on a GPU, where it
-is installed. Absolute times mean something on a GPU only. Not run on a GPU yet.
+without labels. The two trainers of a row take turns in one process, so that other load on the machine hits both; a row
+gives the median and the quartiles of the rounds' ratios. Peak memory includes the model and the optimizer's state. On
+a CPU it is the median of three processes per trainer, which differ by a few percent. Liger runs on a GPU if it is
+installed. Absolute times are meaningful only on a GPU. Not run on a GPU yet.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from dipnet_hf import DipConfig, DipSFTTrainer, DipTrainer, get_dip_model
 
 
 class Side(NamedTuple):
-    """One way to train. `num_samples` is S of eq. (2), 0 without DIPNet."""
+    """One way to train. `num_samples` is S of eq. (2), or 0 without DIPNet."""
 
     trainer: type[Trainer]
     num_samples: int = 0
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN_SIZES)
     parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of a row")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds per row")
     parser.add_argument("--memory-of", nargs=3, metavar=("HIDDEN", "WEIGHTS", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.memory_of:
@@ -105,12 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows = []
     for hidden, weights in tqdm([(h, w) for h in args.hidden for w in args.weights], desc="models"):
-        memory = {
-            name: statistics.median(
-                memory_in_own_process(__file__, hidden, weights, name) for _ in range(NUM_MEMORY_PROCESSES)
-            )
-            for name in SIDES
-        }
+        memory = {}
+        for side in SIDES:
+            peaks = [memory_in_own_process(__file__, hidden, weights, side) for _ in range(NUM_MEMORY_PROCESSES)]
+            memory[side] = statistics.median(peaks)
         for name, peer in tqdm(RATIOS, desc="rows", leave=False):
             rounds = measure_time(hidden, weights, [name, peer], args.rounds)
             rows.append(
@@ -194,8 +192,8 @@ def step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
 
 
 def measure_time(hidden: int, weights: str, names: list[str], num_rounds: int) -> list[dict[str, float]]:
-    """The seconds of a step of these sides, in every round."""
-    gc.collect()  # the trainers of the last row hold each other
+    """The seconds of a step of each of these sides, in every round."""
+    gc.collect()  # the trainers of the row before are in reference cycles
     built = {name: build(hidden, weights, SIDES[name]) for name in names}
     sides = {name: (lambda both=both: step(*both)) for name, both in built.items()}
     for warmup in range(2):
@@ -211,7 +209,7 @@ def train(hidden: int, weights: str, side: Side) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line a ratio."""
+    """Print one line per ratio."""
     print(f"{'hidden':>7} {'weights':>8}  {'step of':<24} over that of   time (quartiles)       peak memory")
     for row in rows:
         print(

@@ -2,9 +2,9 @@
 
     python benchmarks/step_profile.py            # table and benchmarks/results/step_profile-<device>.json
 
-The steps are those of `step.py` with LoRA at S = 1. FLOPs are those of PyTorch's counter, and exact. Operators are
-those that DIPNet calls more often; the share of the calls that are more is their part of the operator's own time in
-PyTorch's profiler, as if all calls took the same, over the peer's whole step.
+The steps are those of `step.py` with LoRA at S = 1. FLOPs are those of PyTorch's counter, and exact. The operators
+listed are those that DIPNet calls more often than its peer. An operator's share is the time of these additional calls,
+as if all its calls took the same time in PyTorch's profiler, over the time of the peer's whole step.
 """
 
 import argparse
@@ -40,27 +40,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare(hidden: int, name: str, peer: str, num_steps: int) -> dict:
     """One trainer beside its peer: FLOPs, and the operators that it calls more often."""
-    (flops, operators), (peer_flops, peer_operators) = (measure(hidden, side, num_steps) for side in (name, peer))
+    flops, operators = measure(hidden, name, num_steps)
+    peer_flops, peer_operators = measure(hidden, peer, num_steps)
     peer_time = sum(operator.self_cpu_time_total for operator in peer_operators.values())
-    more = [
-        {
-            "name": key,
-            "more_calls": (operator.count - peer_operators[key].count if key in peer_operators else operator.count)
-            / num_steps,
-            "share": (
-                operator.self_cpu_time_total
-                * (1 - (peer_operators[key].count / operator.count if key in peer_operators else 0))
-                / peer_time
-            ),
-        }
-        for key, operator in operators.items()
-    ]
-    more = sorted((row for row in more if row["more_calls"] > 0), key=lambda row: -row["share"])
+    more = []
+    for key, operator in operators.items():
+        peer_count = peer_operators[key].count if key in peer_operators else 0
+        if operator.count > peer_count:
+            share = operator.self_cpu_time_total * (1 - peer_count / operator.count) / peer_time
+            more.append({"name": key, "more_calls": (operator.count - peer_count) / num_steps, "share": share})
+    more.sort(key=lambda row: -row["share"])
     return {"side": name, "peer": peer, "flops_over_peer": flops / peer_flops, "operators": more[:NUM_LISTED]}
 
 
 def measure(hidden: int, side: str, num_steps: int) -> tuple[int, dict]:
-    """The FLOPs of a step, and the profiler's averages of several by operator."""
+    """The FLOPs of a step, and the profiler's averages by operator over several steps."""
     trainer, batch = step.build(hidden, "lora", step.SIDES[side])
     step.step(trainer, batch)
     with FlopCounterMode(display=False) as counter:
