@@ -131,6 +131,14 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     raise ValueError(f"No stack of {num_layers} layers was found in {type(model).__name__}. {NAME_MODULES}")
 
 
+def layers_if_any(model: Any) -> list[nn.Module]:
+    """The stack of layers, empty where there is none."""
+    try:
+        return [layer for _, layer in decoder_layers(model)]
+    except ValueError:
+        return []
+
+
 def attention_of(layer: nn.Module) -> str | None:
     """The name of a layer's attention, None if it has none."""
     return next((name for name, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)

@@ -3,6 +3,7 @@
 Shape legend: S samples, B batch, L sequence, D hidden size.
 """
 
+import threading
 from collections import deque
 from typing import NamedTuple, Protocol
 
@@ -69,37 +70,56 @@ class PositionDraw(NamedTuple):
         return self._replace(noise=PositionNoise(fold_in(self.noise.key, number), self.num_samples))
 
 
+class RememberedForward(NamedTuple):
+    """What a forward pass that may be recomputed has drawn, by site name."""
+
+    thread: threading.Thread
+    first_node: int  # the number of the first node of the graph that it builds; every thread counts for itself
+    draws: dict[str, SiteDraw | None]
+
+
 class RecomputeMemory:
     """The draws of recent forward passes, found again when a checkpointed layer is recomputed.
 
     A layer is recomputed within a backward pass, while autograd evaluates a node of the graph that the layer's forward
     pass built. Nodes are numbered in the order of their creation, so the node's number tells which forward pass that
     was, even if others have begun since. (A reentrant checkpoint within another creates its nodes late: the latest
-    forward pass is taken then.)
+    forward pass is taken then.) Every thread numbers its nodes from zero, and the backward pass may run in yet another
+    thread: if several threads ran forward passes with gradients, the number tells nothing.
     """
 
     def __init__(self) -> None:
-        self._forwards: deque[tuple[int, dict[str, SiteDraw | None]]] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
+        self._forwards: deque[RememberedForward] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
         self.blind = False  # set by a compiled forward pass, which cannot be remembered
 
     def remember(self, draws: dict[str, SiteDraw | None]) -> None:
         """Note the draws, by site name, of the forward pass that begins now; a site without noise has none."""
-        self._forwards.append((torch.autograd._get_sequence_nr(), draws))
+        number = torch.autograd._get_sequence_nr()
+        self._forwards.append(RememberedForward(threading.current_thread(), number, draws))
 
     def note_repeated(self, name: str) -> None:
-        """Note that the site ran several times in the latest forward pass, so that no one draw repeats its noise."""
-        if self._forwards and name in self._forwards[-1][1]:
-            self._forwards[-1][1][name] = None
+        """Note that the site ran several times in this thread's latest pass, so that no one draw repeats its noise."""
+        this_thread = threading.current_thread()
+        latest = next((forward for forward in self._newest_first() if forward.thread is this_thread), None)
+        if latest is not None and name in latest.draws:
+            latest.draws[name] = None
 
     def recall(self, node: torch.autograd.graph.Node, name: str) -> SiteDraw | None:
         """The draw that the site had in the forward pass that made `node`, None if noise was off."""
         number = node._sequence_nr()
-        # Those of the latest pass that began before the node was created.
-        draws = next((draws for first_node, draws in reversed(self._forwards) if first_node <= number), None)
+        # Those that began before the node was created, the latest of them first.
+        candidates = [forward for forward in self._newest_first() if forward.first_node <= number]
+        draws = candidates[0].draws if candidates else None
         if self.blind:
             raise RuntimeError(
                 f"Site '{name}' is recomputed in the backward pass of a compiled model, which does not tell which "
                 "draw to repeat. Project whole decoder layers, or switch compilation or checkpointing off."
+            )
+        if len({forward.thread for forward in candidates}) > 1:
+            raise RuntimeError(
+                f"Site '{name}' is recomputed in the backward pass, and several threads ran forward passes of this "
+                "model with gradients, so it is not known which one is repeated. Run those that need no gradients "
+                "under torch.no_grad(), or disable gradient checkpointing."
             )
         if draws is None or draws.get(name, "off") is None:
             raise RuntimeError(
@@ -107,3 +127,6 @@ class RecomputeMemory:
                 "forward pass, so its noise cannot be repeated. Disable gradient checkpointing."
             )
         return draws.get(name)
+
+    def _newest_first(self) -> list[RememberedForward]:
+        return list(self._forwards)[::-1]  # a copy, as other threads add to it

@@ -10,9 +10,8 @@ Shape legend: S samples, B batch, L sequence, V vocabulary. Row s * B + b is sam
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from .architecture import (
     shifts_labels,
     text_config,
 )
+from .contexts import PerThread
 from .draws import PositionDraw, SiteDraw
 from .late_expansion import Inputs, LateExpansion
 from .noise import locate, position_noises
@@ -57,6 +57,14 @@ def mean_logit(logits_SBLV: torch.Tensor) -> torch.Tensor:
 
 
 AVERAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"prob": mean_prob, "logit": mean_logit}
+
+
+@dataclass
+class EnsemblePass(PerThread):
+    """What is known of the forward pass that a thread runs now."""
+
+    num_rows: int | None = None  # B while a forward pass of the ensemble runs
+    labels: dict[str, Any] = field(default_factory=dict)
 
 
 class Ensemble:
@@ -98,35 +106,10 @@ class Ensemble:
         self.num_samples = num_samples
         self.combine = combine
         names = [projection.site.name for projection in projections]
-        self._expansion = LateExpansion(model, layers_from(model, names), num_samples)
+        self.expansion = LateExpansion(model, layers_from(model, names), num_samples)
         self._noises = position_noises(seed, len(projections), num_samples)
         self._parameters = list(inspect.signature(self.model.forward).parameters)
-        self._num_rows: int | None = None  # B while a forward pass of the ensemble runs
-        self._labels: dict[str, Any] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hook on to the model and check what `generate` is asked for."""
-        hook = self.model.register_forward_hook(self._end_forward)
-        attributes = vars(self.model)
-        replaced = {}
-        if hasattr(self.model, "_validate_generation_mode"):
-            replaced = {
-                "_validate_generation_mode": self._check_generation,
-                "generate": partial(self._generate, self.model.generate),
-                "generate_batch": self._refuse_batching,
-            }
-        previous = {name: attributes[name] for name in replaced if name in attributes}
-        attributes.update(replaced)
-        try:
-            with self._expansion.attached():
-                yield
-        finally:
-            self._stop()
-            hook.remove()
-            for name in replaced:
-                del attributes[name]
-            attributes.update(previous)
+        self._now = EnsemblePass()
 
     # ---- into the model ----
 
@@ -139,8 +122,8 @@ class Ensemble:
             ValueError: an input that cannot be repeated, an empty or too long prompt, a cache from elsewhere, an
                 output that has no mean, or other sites than when the ensemble began.
         """
-        if self._num_rows is not None:
-            self._stop()  # the pass before failed
+        if self._now.num_rows is not None:
+            self.stop()  # the pass before failed
         if not projections:
             return None, []  # without noise one sample is as good as many
         if projections != self.projections:
@@ -151,17 +134,17 @@ class Ensemble:
         if name is None:
             raise ValueError(f"An ensemble repeats the rows of a tensor, and the inputs {list(inputs)} hold none.")
         main = inputs[name]
-        self._num_rows = main.shape[0]
-        _check_prompt(main)
+        self._now.num_rows = main.shape[0]
+        check_prompt(main)
         self._check_inputs(inputs, main)
-        self._labels = self._pop_labels(inputs)
+        self._now.labels = self._pop_labels(inputs)
         positions = None
         if name in TEXT_INPUTS:
             positions_BL = self._positions(inputs, main).cpu()
             self._check_positions(positions_BL, padded=inputs.get("attention_mask") is not None)
             positions = locate(positions_BL, main.device)
         draws = [PositionDraw(self.num_samples, noise, positions) for noise in self._noises]
-        return ((), self._expansion.expand(inputs, main.shape[0])), draws
+        return ((), self.expansion.expand(inputs, main.shape[0])), draws
 
     def _positions(self, inputs: dict[str, Any], main: torch.Tensor) -> torch.Tensor:
         """Every token's position in its own sequence, of shape `(B, L)` or `(1, L)`: padding does not count."""
@@ -176,17 +159,19 @@ class Ensemble:
 
     # ---- out of the model ----
 
-    def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Combine the samples' logits, and compute the loss of the result."""
-        if self._num_rows is None:
+    def end(self, output: Any) -> Any:
+        """Combine the samples' logits, and compute the loss of the result; see `Pass`."""
+        if self._now.num_rows is None:
             return None
-        rows = self.num_samples * self._num_rows
-        self._stop()
+        rows = self.num_samples * self._now.num_rows
+        self.stop()
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
         if logits is None:
-            raise ValueError(f"An ensemble averages logits, and {type(module).__name__} returns none.")
+            raise ValueError(f"An ensemble averages logits, and {type(self.model).__name__} returns none.")
         if logits.shape[0] != rows:
-            raise ValueError(f"{type(module).__name__} returned {logits.shape[0]} rows of logits for {rows} of input.")
+            raise ValueError(
+                f"{type(self.model).__name__} returned {logits.shape[0]} rows of logits for {rows} of input."
+            )
         logits = self.combine(logits.unflatten(0, (self.num_samples, -1)))
         loss = self._loss(logits)
         if isinstance(output, tuple):
@@ -196,10 +181,10 @@ class Ensemble:
             return output
         return type(output)(**{**output, "logits": logits, "loss": loss})
 
-    def _stop(self) -> None:
-        """End the forward pass: no part of the model that is called by itself may draw from it."""
-        self._num_rows = None
-        self._expansion.stop()
+    def stop(self) -> None:
+        """End this thread's forward pass: no part of the model that is called by itself may draw from it."""
+        self._now.num_rows = None
+        self.expansion.stop()
         for projection in self.projections:
             projection.forget_draw()
 
@@ -214,10 +199,10 @@ class Ensemble:
         return {name: inputs.pop(name) for name in ("labels", "shift_labels", "num_items_in_batch") if name in inputs}
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor | None:
-        if not self._labels:
+        if not self._now.labels:
             return None
         vocab_size = text_config(self.model).vocab_size
-        return self.model.loss_function(logits=logits, vocab_size=vocab_size, **self._labels)
+        return self.model.loss_function(logits=logits, vocab_size=vocab_size, **self._now.labels)
 
     # ---- checks ----
 
@@ -257,36 +242,22 @@ class Ensemble:
                 f"The prompt has {last + 1} tokens, more than the {context} of the model's context: cut it."
             )
 
-    def _generate(self, generate: Callable, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        prompt = next((p for p in (inputs, *map(kwargs.get, TEXT_INPUTS)) if p is not None), None)
-        if prompt is not None:
-            _check_prompt(prompt)
-        _check_cache(kwargs.get("cache_implementation"))
-        return generate(inputs, *args, **kwargs)
-
-    def _refuse_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("Continuous batching is not supported in an ensemble: use generate, on padded batches.")
-
-    def _check_generation(self, mode: GenerationMode, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
+    def check_generation(self, mode: GenerationMode, config: GenerationConfig) -> None:
         """Refuse what would mix up the samples, before the generation starts."""
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(
                 f"An ensemble chooses one token at a time, greedily or by sampling; got {mode.value}. Set num_beams=1 "
                 "and leave out assistant_model, prompt_lookup_num_tokens and the like."
             )
-        _check_cache(config.cache_implementation)
-        type(self.model)._validate_generation_mode(self.model, mode, config, mode_kwargs)
+        if config.cache_implementation not in _CACHES:
+            raise ValueError(
+                f"An ensemble supports the caches {_CACHES}, got cache_implementation={config.cache_implementation!r}."
+            )
 
 
-def _check_cache(cache_implementation: str | None) -> None:
-    if cache_implementation not in _CACHES:
-        raise ValueError(
-            f"An ensemble supports the caches {_CACHES}, got cache_implementation={cache_implementation!r}."
-        )
-
-
-def _check_prompt(prompt: torch.Tensor) -> None:
-    if prompt.dim() > 1 and prompt.shape[1] == 0:
+def check_prompt(prompt: torch.Tensor | None) -> None:
+    """Refuse a prompt without tokens; where there is none at all, the model has one."""
+    if prompt is not None and prompt.dim() > 1 and prompt.shape[1] == 0:
         raise ValueError(f"The prompt is empty, of shape {tuple(prompt.shape)}: give at least one token, such as bos.")
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,15 @@ from torch import nn
 
 from .architecture import ModelProbe, output_head, plain_head, probe
 from .chunked_loss import OutputHead
+from .contexts import PerThread
+
+
+@dataclass
+class Captured(PerThread):
+    """What a thread has captured, and whether it captures."""
+
+    wanted: bool = False
+    states: tuple[torch.Tensor, OutputHead] | None = None
 
 
 class HiddenStateCapture:
@@ -24,11 +34,11 @@ class HiddenStateCapture:
         self._model: Any = model
         self._without_noise = without_noise
         self._probed: tuple[tuple, ModelProbe] | None = None
-        self._captured: tuple[torch.Tensor, OutputHead] | None = None
+        self._captured = Captured()
 
     @contextmanager
     def capturing(self, rows_and_length: torch.Size) -> Iterator[None]:
-        """In this context's forward pass, capture the hidden states of shape `(*rows_and_length, D)`.
+        """In this context's forward pass, in this thread, capture the hidden states of shape `(*rows_and_length, D)`.
 
         Nothing is captured, and the logits are complete, if the head is not a plain linear layer (it has an adapter,
         is quantized or sharded), if the model is compiled, or if its logits are not the head's plain output.
@@ -39,22 +49,25 @@ class HiddenStateCapture:
             return
 
         def capture(module: nn.Linear, args: tuple) -> tuple | None:
-            if torch.compiler.is_compiling() or self._captured is not None or args[0].shape[:-1] != rows_and_length:
+            if torch.compiler.is_compiling() or not self._captured.wanted or args[0].shape[:-1] != rows_and_length:
                 return None
-            self._captured = args[0].to(module.weight.device), output_head(self._model, module)
+            if self._captured.states is not None:
+                return None
+            self._captured.states = args[0].to(module.weight.device), output_head(self._model, module)
             return (args[0][:, :0], *args[1:])
 
         hook = head.register_forward_pre_hook(capture)
+        self._captured.wanted = True
         try:
             yield
         finally:
             hook.remove()
-            self._captured = None
+            self._captured.wanted, self._captured.states = False, None
 
     def pop(self) -> tuple[torch.Tensor, OutputHead] | None:
         """Take the hidden states, of shape `(rows, L, D)`, and their head; None if nothing was captured."""
-        captured, self._captured = self._captured, None
-        return captured
+        states, self._captured.states = self._captured.states, None
+        return states
 
     def probe(self) -> ModelProbe:
         """What a forward pass of a few tokens tells about the model. It runs once, and again if the model has changed.

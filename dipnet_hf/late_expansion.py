@@ -3,8 +3,6 @@
 Shape legend: S samples, B batch. Row s * B + b is sample s of row b.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +10,23 @@ import torch
 from torch import nn
 
 from .architecture import ROW_INPUTS, TEXT_INPUTS, needs_whole_rows, recomputes_without_hooks
+from .contexts import PerThread
 
 _LABELS = ("labels", "shift_labels")
 Inputs = tuple[tuple, dict[str, Any]]  # of a model: positional and by keyword
 
 
 @dataclass
+class ExpandedPass(PerThread):
+    """What is known of the forward pass that a thread runs now."""
+
+    num_rows: int | None = None  # B while a forward pass runs that is expanded at the layers
+    repeated: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass
 class LateExpansion:
-    """Repeats the rows of a forward pass, once per sample.
+    """Repeats the rows of a forward pass, once per sample. The tuner calls `expand_at_layer` before every layer.
 
     Args:
         model (`nn.Module`): the network.
@@ -31,23 +38,7 @@ class LateExpansion:
     model: nn.Module
     layers: list[nn.Module]
     num_samples: int
-    _num_rows: int | None = None  # B, during a forward pass that is expanded at the layers
-    # The tensors of this pass that were repeated, each beside its copies, by their id.
-    _repeated: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Context in which hooks on the layers expand a pass, before those of the noise run."""
-        hooks = [
-            layer.register_forward_pre_hook(self._expand_at_layer, prepend=True, with_kwargs=True)
-            for layer in self.layers
-        ]
-        try:
-            yield
-        finally:
-            self.stop()
-            for hook in hooks:
-                hook.remove()
+    _now: ExpandedPass = field(default_factory=ExpandedPass)
 
     def expand(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         """Expand the pass that begins now: at the layers if that is possible without gradients, else at the inputs.
@@ -67,29 +58,28 @@ class LateExpansion:
             return value
         if name == "position_ids" and value.dim() == 3:  # of shape (axes, B, L), for images within text
             return value.repeat(1, self.num_samples, 1)
-        if value.shape[0] == self._num_rows:
+        if value.shape[0] == self._now.num_rows:
             return self.repeat(value)
         if value.shape[0] == 1:
             return value
         raise ValueError(
             f"An ensemble repeats the rows of its inputs, but {name} of shape {tuple(value.shape)} does not have one "
-            f"for each of the {self._num_rows} rows. Draw the samples one by one with model.sampling(seed)."
+            f"for each of the {self._now.num_rows} rows. Draw the samples one by one with model.sampling(seed)."
         )
 
     def start(self, num_rows: int) -> None:
         """Expand the pass that begins now when it enters the layers."""
-        self._num_rows, self._repeated = num_rows, {}
+        self._now.num_rows, self._now.repeated = num_rows, {}
 
     def stop(self) -> None:
         """Forget the pass and its tensors; later passes are not expanded."""
-        self._num_rows, self._repeated = None, {}
+        self._now.num_rows, self._now.repeated = None, {}
 
     def expand_copies(self, args: tuple, inputs: dict[str, Any]) -> Inputs | None:
         """Reduce S equal copies of the rows to the first one, for expansion at the layers; None if it is impossible.
 
         A backward pass may recompute the layers. Labels keep all rows, because the output has all rows.
         """
-        self.stop()  # the pass before may have failed
         if not self.layers or args or not self._are_copies(inputs) or needs_whole_rows(self.model, inputs):
             return None
         # A layer that is recomputed without the hooks would get its input without the expansion.
@@ -119,16 +109,15 @@ class LateExpansion:
         """Repeat the rows sample by sample. Layers share tensors, so each is repeated once per forward pass."""
         if self.num_samples == 1:
             return value
-        if id(value) not in self._repeated:
+        known = self._now.repeated
+        if id(value) not in known:
             repeated = value.repeat(self.num_samples, *[1] * (value.dim() - 1))
-            self._repeated[id(value)] = (value, repeated)  # kept, because a freed tensor's id may be used again
-        return self._repeated[id(value)][1]
+            known[id(value)] = (value, repeated)  # the tensor too, because a freed tensor's id may be used again
+        return known[id(value)][1]
 
-    def _expand_at_layer(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
+    def expand_at_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Inputs | None:
         """Repeat what a layer gets with B rows: masks, rotations and, in the first layer, the hidden states."""
-        if self._num_rows is None:
+        if self._now.num_rows is None or layer not in self.layers:
             return None
         repeated = {name: self._repeat_nested(value) for name, value in kwargs.items()}
         return tuple(map(self._repeat_nested, args)), repeated
@@ -138,6 +127,6 @@ class LateExpansion:
             return tuple(map(self._repeat_nested, value))
         # Rotations of shape (L, head_dim) have no rows; masks and positions of shape (B, L) do.
         min_dim = 3 if isinstance(value, torch.Tensor) and value.is_floating_point() else 2
-        if isinstance(value, torch.Tensor) and value.dim() >= min_dim and value.shape[0] == self._num_rows:
+        if isinstance(value, torch.Tensor) and value.dim() >= min_dim and value.shape[0] == self._now.num_rows:
             return self.repeat(value)
         return value

@@ -13,19 +13,21 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.generation import GenerationConfig, GenerationMode
 
 from . import objective
-from .architecture import is_encoder_decoder, layers_from
+from .architecture import TEXT_INPUTS, is_encoder_decoder, layers_from, layers_if_any
 from .calibration import calibrate, noise_sweep
 from .calibration_loss import CalibrationLoss
 from .config import DipConfig
+from .contexts import ContextValue
 from .draws import RecomputeMemory
-from .ensemble import AVERAGES, Ensemble
+from .ensemble import AVERAGES, Ensemble, check_prompt
 from .hidden_states import HiddenStateCapture
-from .late_expansion import LateExpansion
+from .late_expansion import Inputs, LateExpansion
 from .noise import KeySource
 from .passes import FreshPass, Pass
-from .projection import DipProjection, NoiseSwitch
+from .projection import DipProjection
 from .sites import find_sites
 from .weights import (
     check_fits,
@@ -87,13 +89,24 @@ class DipModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
-        self._forward_hook = model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+        # They stay: hooks that come and go with a context would do so within the forward pass of another thread.
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
+            model.register_forward_hook(self._end_forward),
+            *(
+                layer.register_forward_pre_hook(self._begin_layer, prepend=True, with_kwargs=True)  # before the noise
+                for layer in layers_if_any(model)
+            ),
+        ]
+        self._checks = {"_validate_generation_mode": self._check_generation, "generate_batch": self._generate_batch}
+        if hasattr(model, "_validate_generation_mode"):
+            vars(model).update(self._checks)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._projections: list[DipProjection] = []
-        self._switch = NoiseSwitch()
+        self._noise_on: ContextValue[bool | None] = ContextValue(None)
+        self._pass: ContextValue[Pass] = ContextValue(FreshPass(KeySource()))
         self._memory = RecomputeMemory()
-        self._pass: Pass = FreshPass(KeySource())
         self.hidden_state_capture = HiddenStateCapture(model, without_noise=self.deterministic)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -143,7 +156,7 @@ class DipModel(BaseTuner):
     ) -> None:
         projection = getattr(target, "dip_projection", None)
         if projection is None:
-            projection = DipProjection(self._sites[current_key], self._switch, self._memory)
+            projection = DipProjection(self._sites[current_key], self._noise_on, self._memory)
             projection.train(target.training)
             projection.attach(target)
         parameter = next(target.parameters(), None)
@@ -188,9 +201,7 @@ class DipModel(BaseTuner):
 
     # ---- noise ----
 
-    def _begin_forward(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
+    def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Inputs | None:
         """Start the pass: give every site its draw, and the model the inputs that the pass wants."""
         node = None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
         # A running autograd node means that the backward pass is recomputing the whole model, for a checkpoint around
@@ -203,24 +214,47 @@ class DipModel(BaseTuner):
                 )
             return None
         projections = [projection for projection in self._projections if projection.sampling]
-        changed, draws = self._pass.begin(args, kwargs, projections)
+        changed, draws = self._pass.get().begin(args, kwargs, projections)
         for projection, draw in zip(projections, draws, strict=True):
             projection.set_draw(draw)
         if torch.compiler.is_compiling():
             self._memory.blind = True
-        else:
+        elif torch.is_grad_enabled():  # another pass is never recomputed, and its draws may hold noise
             names = [projection.site.name for projection in projections]
-            # A pass without gradients is never recomputed, so its draws, which may hold noise, are not kept.
-            self._memory.remember(dict(zip(names, draws, strict=True)) if torch.is_grad_enabled() else {})
+            self._memory.remember(dict(zip(names, draws, strict=True)))
         return changed
 
-    @contextlib.contextmanager
-    def _with_noise(self, on: bool | None) -> Iterator[None]:
-        previous, self._switch.on = self._switch.on, on
-        try:
-            yield
-        finally:
-            self._switch.on = previous
+    def _begin_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Inputs | None:
+        """Give a decoder layer the inputs that the pass wants."""
+        expansion = self._pass.get().expansion
+        return None if expansion is None else expansion.expand_at_layer(layer, args, kwargs)
+
+    def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """End the pass that began last, and return what it makes of the output."""
+        return self._pass.get().end(output)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model does; an ensemble looks at the prompt first."""
+        if isinstance(self._pass.get(), Ensemble):
+            check_prompt(
+                next((prompt for prompt in (inputs, *map(kwargs.get, TEXT_INPUTS)) if prompt is not None), None)
+            )
+        return self.model.generate(inputs, *args, **kwargs)
+
+    def _check_generation(self, mode: GenerationMode, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
+        """Check what `generate` is about to do; it calls this by the name of its own check, which comes after."""
+        if isinstance(ensemble := self._pass.get(), Ensemble):
+            ensemble.check_generation(mode, config)
+        type(self.model)._validate_generation_mode(self.model, mode, config, mode_kwargs)
+
+    def _generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching, but within a context."""
+        if self._noise_on.get() is not None:
+            raise ValueError(
+                "Continuous batching runs in a thread of its own, which this context does not reach: use generate, on "
+                "padded batches."
+            )
+        return type(self.model).generate_batch(self.model, *args, **kwargs)
 
     @contextlib.contextmanager
     def sampling(self, seed: int | None = None) -> Iterator[None]:
@@ -231,25 +265,16 @@ class DipModel(BaseTuner):
                 n and the process's rank. Without it every forward pass draws from PyTorch's global generator.
         """
         self._check_no_ensemble()
-        with self._with_noise(on=True), self._running(FreshPass(KeySource(seed))):
+        with self._noise_on.set_to(True), self._pass.set_to(FreshPass(KeySource(seed))):
             yield
 
-    @contextlib.contextmanager
-    def _running(self, new_pass: Pass) -> Iterator[None]:
-        previous, self._pass = self._pass, new_pass
-        try:
-            with new_pass.attached():
-                yield
-        finally:
-            self._pass = previous
-
     def _check_no_ensemble(self) -> None:
-        if isinstance(self._pass, Ensemble):
+        if isinstance(self._pass.get(), Ensemble):
             raise ValueError("This model is in an ensemble, whose seed decides its noise: leave it first.")
 
     def deterministic(self) -> contextlib.AbstractContextManager[None]:
         """Noise off, in `train()` and in `eval()` (Algorithm 3)."""
-        return self._with_noise(on=False)
+        return self._noise_on.set_to(False)
 
     @contextlib.contextmanager
     def ensemble(self, num_samples: int, average: str = "prob", seed: int = 0) -> Iterator[None]:
@@ -283,8 +308,11 @@ class DipModel(BaseTuner):
         """As `ensemble`, but with the samples' logits of shape `(k, B, ...)`, or what `combine` makes of them."""
         self._check_no_ensemble()
         ensemble = Ensemble(self.model, self._active_projections(), num_samples, combine, seed)
-        with self._with_noise(on=True), self._running(ensemble):
-            yield
+        with self._noise_on.set_to(True), self._pass.set_to(ensemble):
+            try:
+                yield
+            finally:
+                ensemble.stop()
 
     @contextlib.contextmanager
     def sampled_rows(self) -> Iterator[None]:
@@ -296,7 +324,7 @@ class DipModel(BaseTuner):
         Raises:
             ValueError: the model is in an ensemble.
         """
-        outer = self._pass
+        outer = self._pass.get()
         if not isinstance(outer, FreshPass):
             raise ValueError("The training objective cannot be computed inside model.ensemble(): leave it first.")
         config = self.active_dip_config
@@ -305,7 +333,7 @@ class DipModel(BaseTuner):
             return
         names = [projection.site.name for projection in self._active_projections()]
         expansion = LateExpansion(self.model, layers_from(self.model, names), config.num_samples)
-        with self._running(FreshPass(outer.keys, config.uses_pairs, expansion)):
+        with self._pass.set_to(FreshPass(outer.keys, config.uses_pairs, expansion)):
             yield
 
     def calibrate(self, batches: Iterable) -> None:
@@ -486,7 +514,11 @@ class DipModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args, **kwargs):
         hosts = [self.model.get_submodule(projection.site.name) for projection in self._projections]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._forward_hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        for name, check in self._checks.items():
+            if vars(self.model).get(name) == check:
+                del vars(self.model)[name]
         for projection, host in zip(self._projections, hosts, strict=True):
             projection.detach_from(host)
         self._projections = []  # what is asked of this tuner from now on finds no noise

@@ -1,10 +1,10 @@
 """One kind of forward pass as one object: what it does to the model's inputs, and which draw each site gets.
 
-`FreshPass` is the one of training and of sampling; `Ensemble` (ensemble.py) is the other. A tuner holds one at a time.
+`FreshPass` is the one of training and of sampling; `Ensemble` (ensemble.py) is the other. A tuner has one at a time in
+each context.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,11 @@ from .projection import DipProjection
 
 
 class Pass(Protocol):
-    """What decides a model's forward passes while it is attached."""
+    """What decides a model's forward passes. Threads may run it at the same time."""
+
+    @property
+    def expansion(self) -> LateExpansion | None:
+        """What repeats rows at the layers, if anything does."""
 
     def begin(
         self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
@@ -30,8 +34,8 @@ class Pass(Protocol):
             `tuple`: the inputs that the model gets instead, None for its own; and the draw of every site.
         """
 
-    def attached(self) -> AbstractContextManager[None]:
-        """Context in which the pass is the model's."""
+    def end(self, output: Any) -> Any:
+        """End the forward pass that began last in this thread: what the model returns instead, None for `output`."""
 
 
 @dataclass
@@ -52,18 +56,13 @@ class FreshPass:
         self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
     ) -> tuple[Inputs | None, Sequence[SiteDraw]]:
         """See `Pass`."""
+        self.end(None)  # a pass that failed
         if not projections:
-            if self.expansion is not None:
-                self.expansion.stop()  # of a pass that failed
             return None, []
         draws = [FreshDraw(key, self.antithetic) for key in self.keys.next(len(projections))]
         return None if self.expansion is None else self.expansion.expand_copies(args, kwargs), draws
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def end(self, output: Any) -> Any:
         """See `Pass`."""
-        if self.expansion is None:
-            yield
-            return
-        with self.expansion.attached():
-            yield
+        if self.expansion is not None:
+            self.expansion.stop()

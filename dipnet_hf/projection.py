@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import DipConfig
+from .contexts import ContextValue, PerThread
 from .draws import RecomputeMemory, SiteDraw
 
 
@@ -28,15 +29,8 @@ class Site(NamedTuple):
 
 
 @dataclass
-class NoiseSwitch:
-    """Whether noise is on, shared by all sites of a model; None: on in `train()`, off in `eval()`."""
-
-    on: bool | None = None
-
-
-@dataclass
-class SiteUse:
-    """A site's draw in the forward pass that runs now, and how often it was used."""
+class SiteUse(PerThread):
+    """A site's draw in the forward pass that a thread runs now, and how often it was used."""
 
     draw: SiteDraw | None = None
     number: int = 0
@@ -53,10 +47,10 @@ class DipProjection(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("dip_logvar",)
     other_param_names = ("dip_scale", "dip_init_std")
 
-    def __init__(self, site: Site, switch: NoiseSwitch, memory: RecomputeMemory) -> None:
+    def __init__(self, site: Site, noise_on: ContextValue[bool | None], memory: RecomputeMemory) -> None:
         super().__init__()
         self.site = site
-        self.switch = switch
+        self.noise_on = noise_on  # of the whole model; None: on in `train()`, off in `eval()`
         self.memory = memory
         self.dip_logvar = nn.ParameterDict()
         self.dip_scale = BufferDict({}, persistent=True)
@@ -141,7 +135,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
         """Whether noise is on."""
         if self.disable_adapters or self.adapter is None:
             return False
-        return self.training if self.switch.on is None else self.switch.on
+        on = self.noise_on.get()
+        return self.training if on is None else on
 
     def set_draw(self, draw: SiteDraw) -> None:
         """Set the draw for the forward pass that starts now."""

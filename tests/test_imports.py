@@ -37,17 +37,18 @@ TABLE = {
     "objective": Row(others="torch"),
     "chunked_loss": Row(ours="objective", others="torch"),
     "batches": Row(others="torch"),
+    "contexts": Row(others="torch"),
     "uncertainty": Row(others="numpy torch"),
     "kernels": Row(others="torch triton"),
     # What is asked of a network, and what is done to its forward pass.
     "architecture": Row(ours="chunked_loss", others="peft torch transformers"),
-    "late_expansion": Row(ours="architecture", others="torch"),
-    "hidden_states": Row(ours="architecture chunked_loss", others="torch"),
+    "late_expansion": Row(ours="architecture contexts", others="torch"),
+    "hidden_states": Row(ours="architecture chunked_loss contexts", others="torch"),
     "data_loss": Row(ours="batches chunked_loss hidden_states objective", others="torch"),
     # The tuner. Saving a config writes the folder's card, which states the package's version.
     "card": Row(others="huggingface_hub peft safetensors"),
     "config": Row(ours="card", others="peft", lazy="public"),
-    "projection": Row(ours="config draws", others="peft torch"),
+    "projection": Row(ours="config contexts draws", others="peft torch"),
     "sites": Row(ours="architecture config projection", others="peft torch"),
     "scale": Row(ours="architecture batches projection", others="torch"),
     "calibration_loss": Row(ours="architecture batches data_loss hidden_states scale", others="accelerate torch"),
@@ -55,11 +56,12 @@ TABLE = {
     "weights": Row(ours="config", others="peft safetensors torch"),
     "passes": Row(ours="draws late_expansion noise projection"),
     "ensemble": Row(
-        ours="architecture draws late_expansion noise projection uncertainty", others="peft torch transformers"
+        ours="architecture contexts draws late_expansion noise projection uncertainty",
+        others="peft torch transformers",
     ),
     "model": Row(
-        ours="architecture calibration calibration_loss config draws ensemble hidden_states late_expansion noise "
-        "objective passes projection sites weights",
+        ours="architecture calibration calibration_loss config contexts draws ensemble hidden_states late_expansion "
+        "noise objective passes projection sites weights",
         others="peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),

@@ -25,11 +25,11 @@ def test_masks_are_repeated_wherever_a_layer_is_given_them():
     expansion = LateExpansion(build("llama"), [layer], num_samples=3)
     hidden, mask, bias = torch.randn(4, 7, 32), torch.randn(4, 7) > 0, torch.randn(4, 1, 7, 7)
     rotation = torch.randn(4, 8)  # (L, head_dim), for all rows
-    with expansion.attached():
-        expansion.start(4)
-        repeated = layer(hidden, mask, position_ids=mask.long(), position_embeddings=(bias, rotation))
-        expansion.stop()
-        assert layer(hidden)[0] is hidden
+    layer.register_forward_pre_hook(expansion.expand_at_layer, with_kwargs=True)
+    expansion.start(4)
+    repeated = layer(hidden, mask, position_ids=mask.long(), position_embeddings=(bias, rotation))
+    expansion.stop()
+    assert layer(hidden)[0] is hidden
     for ours, value in zip(repeated[:3], (hidden, mask, mask.long())):
         assert torch.equal(ours, torch.cat([value] * 3))
     assert torch.equal(repeated[3][0], torch.cat([bias] * 3)) and repeated[3][1] is rotation
