@@ -10,6 +10,7 @@ Shape legend: S samples, B batch, L sequence, V vocabulary. Row s * B + b is sam
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,14 +42,21 @@ _CACHES = (None, "dynamic", "offloaded")
 
 
 def mean_prob(logits_SBLV: torch.Tensor) -> torch.Tensor:
-    """The log of the mean probability, log(1/S sum_s p_s): a proper mixture. Of one sample the logits themselves."""
+    """Logits of the mean probability, 1/S sum_s p_s: a proper mixture. Of one sample the logits themselves.
+
+    They are its logarithm plus the mean of the samples' logsumexp. So they stand on the level of the model's own
+    logits, on which some logits processors depend: a repetition penalty multiplies negative ones and divides others.
+    """
     if len(logits_SBLV) == 1:
         return logits_SBLV[0]
     first, *others = logits_SBLV
-    total = torch.log_softmax(first.float(), dim=-1)
+    level = first.float().logsumexp(-1, keepdim=True)
+    total = first.float() - level
     for logits in others:
-        total = torch.logaddexp(total, torch.log_softmax(logits.float(), dim=-1))
-    return (total - torch.tensor(len(logits_SBLV)).log()).to(first.dtype)
+        norm = logits.float().logsumexp(-1, keepdim=True)
+        total, level = torch.logaddexp(total, logits.float() - norm), level + norm
+    num_samples = len(logits_SBLV)
+    return (total - math.log(num_samples) + level / num_samples).to(first.dtype)
 
 
 def mean_logit(logits_SBLV: torch.Tensor) -> torch.Tensor:

@@ -288,7 +288,7 @@ class DipModel(BaseTuner):
 
         Args:
             num_samples (`int`): k.
-            average (`str`): `"prob"`, the log of the mean probability, or `"logit"`, the mean of the logits.
+            average (`str`): `"prob"`, logits of the mean probability, or `"logit"`, the mean of the logits.
             seed (`int`): which k samples.
 
         Raises:

@@ -90,10 +90,11 @@ def test_the_mean_is_that_of_separate_passes(name, sites):
     model, input_ids = model_and_prompts(name, **SITES[sites])
     samples = slow_samples(model, input_ids, num_samples=3, seed=5)
     expected = {"prob": samples.softmax(-1).mean(0).log(), "logit": samples.mean(0)}
+    expected["prob"] += samples.logsumexp(-1, keepdim=True).mean(0)  # on the level of the samples
     for average, logits in expected.items():
         with model.ensemble(num_samples=3, average=average, seed=5):
             torch.testing.assert_close(model(input_ids=input_ids).logits, logits, atol=5e-6, rtol=1e-5)
-    assert (expected["prob"] - model(input_ids=input_ids).logits.log_softmax(-1)).abs().max() > 0.02
+    assert (expected["prob"] - model(input_ids=input_ids).logits).abs().max() > 0.02
 
 
 def test_gradients_are_those_of_separate_passes():
@@ -221,6 +222,21 @@ def test_one_sample_without_variance_is_plain_generation(do_sample):
         assert torch.equal(model.generate(input_ids=input_ids, max_new_tokens=20, do_sample=do_sample), expected)
 
 
+@pytest.mark.parametrize("average", ["prob", "logit"])
+def test_without_variance_a_repetition_penalty_acts_as_on_the_plain_model(average):
+    """It depends on the level of the logits, which log-probabilities do not have."""
+    model, input_ids = model_and_prompts()
+    for logvar in model.logvars():
+        logvar.data.fill_(-torch.inf)
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    unpenalized = model.generate(input_ids=input_ids, **settings)
+    for penalty in (0.8, 1.3):
+        expected = model.generate(input_ids=input_ids, repetition_penalty=penalty, **settings)
+        with model.ensemble(3, average=average):
+            generated = model.generate(input_ids=input_ids, repetition_penalty=penalty, **settings)
+        assert torch.equal(generated, expected) and not torch.equal(generated, unpenalized)
+
+
 def test_the_seed_chooses_the_networks_and_the_global_generators_are_left_alone():
     model, input_ids = model_and_prompts()
     state = torch.get_rng_state()
@@ -268,7 +284,7 @@ def test_a_site_that_sees_all_rows_as_one_has_each_tokens_noise():
         alone = torch.cat([model(input_ids=row[None]).logits for row in input_ids])
     assert seen[0] == (2 * 4 * 7, 32)
     torch.testing.assert_close(logits, alone, atol=TOLERANCE, rtol=TOLERANCE)
-    assert not torch.allclose(logits, model(input_ids=input_ids).logits.log_softmax(-1))
+    assert not torch.allclose(logits, model(input_ids=input_ids).logits)
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
@@ -280,7 +296,7 @@ def test_layers_with_inputs_of_their_own_are_right_too(name):
         alone = torch.cat([model(input_ids=row[None]).logits for row in input_ids])
     torch.testing.assert_close(logits, alone, atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(
-        logits.exp(), slow_samples(model, input_ids, 3, seed=0).softmax(-1).mean(0), atol=5e-6, rtol=1e-5
+        logits.softmax(-1), slow_samples(model, input_ids, 3, seed=0).softmax(-1).mean(0), atol=5e-6, rtol=1e-5
     )
 
 
