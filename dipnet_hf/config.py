@@ -25,7 +25,7 @@ class DipConfig(PeftConfig):
     Args:
         weights (`PeftConfig` or `str`): how the network's own weights learn: any injectable PEFT config (LoRA, DoRA,
             IA3, OFT, ...), by default LoRA of rank 16 on all linear layers; `"full"` (all of them) or `"frozen"` (only
-            the variances learn).
+            the variances learn). A `task_type`, of it or of this config, adds the task's new head as in PEFT.
         target_sites (`str`, *optional*): whose inputs are projected: `"decoder_layer"` (the default), `"attention"`,
             `"mlp"`, `"linear"` (every linear layer within the decoder layers), or `"embedding"` (its output: the
             randomized smoothing of the paper's RS baseline).
@@ -125,6 +125,17 @@ class DipConfig(PeftConfig):
                 f"weights must be a PEFT method that is injected into layers (LoRA, IA3, OFT, ...), "
                 f"got {type(self.weights).__name__}."
             )
+        else:
+            self._take_task_type(self.weights.task_type)
+
+    def _take_task_type(self, task_type: str | None) -> None:
+        if task_type is None:
+            return
+        if self.task_type not in (None, task_type):
+            raise ValueError(
+                f"task_type={self.task_type!r} contradicts task_type={task_type!r} of the weights: give it once."
+            )
+        self.task_type = task_type
 
     def _check_targets(self) -> None:
         if self.target_sites is None and self.target_modules is None:
@@ -217,6 +228,16 @@ class DipConfig(PeftConfig):
     def uses_pairs(self) -> bool:
         """Whether the samples come in pairs of +eps and -eps."""
         return self.sampling == "pairs" or (self.sampling is None and self.num_samples % 2 == 0)
+
+    @property
+    def modules_to_save(self) -> list[str] | None:
+        """The modules that PEFT trains and saves whole beside the weights' adapter; it adds a task's new head."""
+        # All weights are trained and saved, or none is, and PEFT's classes of tasks insist on a name.
+        return ["no module"] if isinstance(self.weights, str) else getattr(self.weights, "modules_to_save", None)
+
+    @modules_to_save.setter
+    def modules_to_save(self, names: list[str]) -> None:
+        self.weights.modules_to_save = names  # type: ignore[union-attr]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them; the config of the weights is nested."""

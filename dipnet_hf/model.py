@@ -33,8 +33,10 @@ from .weights import (
     check_fits,
     check_sites,
     check_weights,
+    embeddings_to_save,
     export_weights,
     inject_weights,
+    set_task,
     tuner_of,
     upgrade_noise,
 )
@@ -113,6 +115,7 @@ class DipModel(BaseTuner):
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
         config = self._dip_config(adapter_name)
         self._check_new_adapter_config(config)
+        set_task(config)
         self._sites = {site.name: site for site in find_sites(model, config)}
         check_sites(config, list(self._sites))
         hosts = [model.get_submodule(projection.site.name) for projection in self._projections]
@@ -150,6 +153,9 @@ class DipModel(BaseTuner):
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # PEFT warns about merging into tied weights, and a projection merges into none
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: DipConfig) -> None:
+        pass  # the weights' own tuner has checked what they train
 
     def _create_and_replace(
         self, peft_config: DipConfig, adapter_name: str, target: nn.Module, *args, current_key: str, **kwargs
@@ -460,13 +466,14 @@ class DipModel(BaseTuner):
             # Tied weights appear under one name, as in `named_parameters`.
             names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
             return {name: tensor for name, tensor in state_dict.items() if name in names}
-        return tuner_of(config.weights)._get_adapter_state_dict(
+        own = tuner_of(config.weights)._get_adapter_state_dict(
             model=model,
             config=config.weights,
             adapter_name=adapter_name,
             state_dict=state_dict,
             unwanted_adapter_names=unwanted_adapter_names,
         )
+        return own | embeddings_to_save(model, config.weights, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -1,6 +1,7 @@
 """Which modules' inputs are projected: from a model and a config to a list of sites."""
 
 import difflib
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -94,7 +95,10 @@ def _layer_list(config: DipConfig) -> list[int]:
 
 def _named_sites(model: nn.Module, config: DipConfig) -> list[Site]:
     modules = [(name, module) for name, module in modules_outside_adapters(model) if name]
-    matched = [(name, module) for name, module in modules if check_target_module_exists(config, name)]
+    # Not the config itself: PEFT would pass over what the weights' config trains whole, which `check_sites` refuses.
+    fields = ("target_modules", "layers_to_transform", "layers_pattern")
+    wanted = SimpleNamespace(**{name: getattr(config, name) for name in fields})
+    matched = [(name, module) for name, module in modules if check_target_module_exists(wanted, name)]
     if config.layers_to_transform is not None:
         _check_layers_exist(config, [name for name, _ in matched])
     if not matched:

@@ -19,6 +19,9 @@ from torch import nn
 
 from .config import DipConfig
 
+# The heads that PEFT adds to `modules_to_save` only after an adapter was injected, maybe into them.
+_HEADS_ADDED_LATE = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 def tuner_of(config: PeftConfig) -> type[BaseTuner]:
     """The tuner class of a PEFT config."""
@@ -41,20 +44,28 @@ def check_weights(model: nn.Module, config: DipConfig, others: list) -> None:
         raise ValueError('The model holds an adapter with weights="full", which has changed the base weights.')
 
 
+def set_task(config: DipConfig) -> None:
+    """Tell the weights' config the task: PEFT puts no adapter on its new head, and trains and saves that whole."""
+    if not isinstance(config.weights, PeftConfig):
+        return
+    config.weights.task_type = config.task_type
+    saved = config.modules_to_save or []
+    if missing := [head for head in _HEADS_ADDED_LATE.get(config.task_type or "", ()) if head not in saved]:
+        config.modules_to_save = [*saved, *missing]
+
+
 def check_sites(config: DipConfig, site_names: list[str]) -> None:
     """Refuse sites inside modules that PEFT trains and saves whole: it copies them, and the projection with them."""
     tokens = getattr(config.weights, "trainable_token_indices", None) or ()
-    saved = [
-        *(getattr(config.weights, "modules_to_save", None) or ()),
-        *(tokens if isinstance(tokens, dict) else ()),
-    ]
+    saved = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, dict) else ())]
     if tokens and not isinstance(tokens, dict):
         saved.append("embed_tokens")
     parts = {name.rpartition(".")[2] for name in saved}
     if inside := [name for name in site_names if parts & set(name.split("."))]:
         raise ValueError(
             f"The sites {inside} lie in modules that the weights' config trains as a whole ({saved}). Choose "
-            "other sites, or take these modules out of modules_to_save and trainable_token_indices."
+            "other sites, or take these modules out of modules_to_save and trainable_token_indices; a task_type adds "
+            "its head to them."
         )
 
 
@@ -90,7 +101,6 @@ def export_weights(model: nn.Module, config: DipConfig, adapter_name: str, save_
     """Write the weights' adapter as a folder of stock PEFT."""
     weights = cast(PeftConfig, copy.deepcopy(config.weights))
     weights.base_model_name_or_path = config.base_model_name_or_path
-    weights.task_type = config.task_type
     weights.inference_mode = True
     with _own_peft_config(model):
         model.peft_config = {adapter_name: weights}  # type: ignore[assignment]
@@ -103,6 +113,19 @@ def export_weights(model: nn.Module, config: DipConfig, adapter_name: str, save_
     }
     save_file(tensors, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
     weights.save_pretrained(str(save_directory))
+
+
+def embeddings_to_save(
+    model: nn.Module, weights: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The embedding tables that PEFT saves because the weights' adapter is on them; of itself it asks `DipConfig`."""
+    adapters = model.peft_config
+    model.peft_config = {adapter_name: weights}  # type: ignore[assignment]
+    try:
+        saved = get_peft_model_state_dict(model, state_dict, adapter_name)
+    finally:
+        model.peft_config = adapters
+    return {name: tensor for name, tensor in saved.items() if name in state_dict}
 
 
 def check_fits(model: nn.Module, config: DipConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

@@ -46,6 +46,10 @@ WEIGHTS = {
             {"weights": AdaptionPromptConfig(adapter_len=2, adapter_layers=2)},
             "injected into layers.*got AdaptionPrompt",
         ),
+        (
+            {"weights": LoraConfig(task_type="SEQ_CLS"), "task_type": "TOKEN_CLS"},
+            "task_type='TOKEN_CLS' contradicts task_type='SEQ_CLS' of the weights: give it once",
+        ),
         ({"weights": DipConfig(weights="frozen")}, "injected into layers.*got DipConfig"),
         ({"target_sites": "decoder_layers"}, "target_sites must be one of .*Did you mean 'decoder_layer'"),
         ({"target_sites": "mlp", "target_modules": ["up_proj"]}, r"got both: 'mlp' and \['up_proj'\]"),

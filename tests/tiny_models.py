@@ -9,11 +9,20 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BartForConditionalGeneration,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaForSequenceClassification,
+    MarianMTModel,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperForConditionalGeneration,
 )
 
 NUM_LAYERS = 3
@@ -54,6 +63,68 @@ CAUSAL = {
 }
 VISION = {"vit": Architecture(num_linears=6)}
 ARCHITECTURES = CAUSAL | VISION
+
+
+_ENCODER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_SEQ2SEQ = {
+    **{"d_model": HIDDEN_SIZE, "encoder_layers": 2, "decoder_layers": NUM_LAYERS, "dropout": 0.0},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{"decoder_start_token_id": 2, "forced_eos_token_id": None},
+}
+# Models that do not predict the next token, and what their config needs.
+TASKS: dict[str, tuple[type[PreTrainedModel], dict]] = {
+    "classes": (LlamaForSequenceClassification, {"num_labels": NUM_CLASSES, "num_key_value_heads": 2}),
+    "regression": (BertForSequenceClassification, {**_ENCODER, "num_labels": 1}),
+    "multi_label": (BertForSequenceClassification, {**_ENCODER, "num_labels": NUM_CLASSES}),
+    "tokens": (BertForTokenClassification, {**_ENCODER, "num_labels": NUM_CLASSES}),
+    "spans": (BertForQuestionAnswering, _ENCODER),
+    "masked": (BertForMaskedLM, _ENCODER),
+    "t5": (
+        T5ForConditionalGeneration,
+        {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": NUM_LAYERS, "dropout_rate": 0.0}
+        | {"decoder_start_token_id": 0},
+    ),
+    "bart": (BartForConditionalGeneration, _SEQ2SEQ),
+    "marian": (MarianMTModel, _SEQ2SEQ),
+    "whisper": (
+        WhisperForConditionalGeneration,
+        _SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16},
+    ),
+}
+
+
+def build_task(name: str) -> PreTrainedModel:
+    """Build a row of `TASKS`; the same call gives the same weights, in eval mode."""
+    model_class, settings = TASKS[name]
+    common = {
+        **{"hidden_size": HIDDEN_SIZE, "intermediate_size": 2 * HIDDEN_SIZE, "num_hidden_layers": NUM_LAYERS},
+        **{"num_attention_heads": 4, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 64},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class(model_class.config_class(**{**common, **settings})).eval()
+
+
+def make_task_batch(name: str, num_rows: int = 4) -> dict[str, torch.Tensor]:
+    """Make a batch with labels for a row of `TASKS`; source and target are padded, to one length."""
+    batch = make_batch("llama", num_rows)
+    ids, mask, tokens = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    labels = {
+        "classes": ids[:, 0] % NUM_CLASSES,
+        "regression": ids[:, 0] / VOCAB_SIZE,
+        "multi_label": (ids[:, :NUM_CLASSES] % 2).float(),
+        "tokens": torch.where(tokens == -100, -100, tokens % NUM_CLASSES),
+    }
+    if name == "spans":
+        spans = {"start_positions": ids[:, 0] % 4, "end_positions": ids[:, 1] % 6}
+        return {"input_ids": ids, "attention_mask": mask, **spans}
+    if name == "whisper":
+        features = torch.randn(num_rows, 8, 16, generator=torch.Generator().manual_seed(0))
+        return {"input_features": features, "labels": tokens}
+    if name in ("t5", "bart", "marian"):
+        tokens = torch.where(torch.arange(10) < 4, ids, -100)  # the target ends before the source
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels.get(name, tokens)}
 
 
 def build(name: str, num_layers: int = NUM_LAYERS, hidden_size: int = HIDDEN_SIZE) -> PreTrainedModel:
