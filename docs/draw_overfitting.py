@@ -2,17 +2,20 @@
 
     python docs/draw_overfitting.py
 
-Reads three results of `recipes/finetune.py` and writes `docs/pictures/overfitting.png`. Run it again when they change.
+Reads results of `recipes/finetune.py`, one per seed, and writes `docs/pictures/overfitting.png`. Run it again when they
+change.
 """
 
 import json
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
 RUNS = {
-    "plain fine-tuning": "recipes/results/smollm2-svamp-200-lora-plain-seed0.json",
-    "DIPNet, default": "recipes/results/smollm2-svamp-200-lora-dip-seed0.json",
-    "DIPNet, std 0.06": "recipes/results/smollm2-svamp-200-lora-std0.06-seed0.json",
+    "plain fine-tuning": "smollm2-svamp-200-lora-plain-seed*.json",
+    "DIPNet, default": "smollm2-svamp-200-lora-dip-seed*.json",
+    "DIPNet, std 0.06": "smollm2-svamp-200-lora-std0.06-seed*.json",
 }
 PICTURE = ROOT / "docs" / "pictures" / "overfitting.png"
 
@@ -23,13 +26,26 @@ def main() -> None:
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (label, path), color in zip(RUNS.items(), ("#7f7f7f", "#f4b183", "#e8710a"), strict=True):
-        results = json.loads((ROOT / path).read_text(encoding="utf-8"))
-        epochs, losses = zip(*validation_curve(results["log_history"]), strict=True)
-        axes.plot(epochs, losses, marker="o", color=color)
-        axes.annotate(label, (epochs[-1], losses[-1]), xytext=(8, -4), textcoords="offset points", color=color)
+    for (label, pattern), color in zip(RUNS.items(), ("#7f7f7f", "#f4b183", "#e8710a"), strict=True):
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+        curves = [validation_curve(run["log_history"]) for run in runs]
+        epochs = [epoch for epoch, _ in curves[0]]
+        losses = [[loss for _, loss in curve] for curve in curves]
+        means = [statistics.mean(at_epoch) for at_epoch in zip(*losses, strict=True)]
+        axes.fill_between(
+            epochs,
+            list(map(min, zip(*losses, strict=True))),
+            list(map(max, zip(*losses, strict=True))),
+            color=color,
+            alpha=0.2,
+        )
+        axes.plot(epochs, means, marker="o", color=color)
+        seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
+        axes.annotate(
+            f"{label}\n({seeds})", (epochs[-1], means[-1]), xytext=(8, -8), textcoords="offset points", color=color
+        )
     axes.set(xlabel="epoch", ylabel="NLL, nats per token, lower is better")
-    axes.set_title("SmolLM2-135M on 200 problems, scored on 50 others (seed 0)", fontsize="medium")
+    axes.set_title("SmolLM2-135M on 200 problems, scored on 50 others: mean and range over seeds", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
     figure.savefig(PICTURE, dpi=150)
