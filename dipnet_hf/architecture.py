@@ -15,7 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import (
+    LOSS_MAPPING,
+    ForCausalLMLoss,
+    ForMaskedLMLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -54,6 +60,8 @@ _KNOWN_LAYER_INPUTS = {
 _FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
 # Factors of the logits by the names that configs give them, and whether they multiply or divide.
 _LOGIT_FACTORS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+# transformers' losses whose labels can be the classes of the model's outputs, one per output.
+_CLASS_LOSSES = (ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss, ForTokenClassification)
 _NUM_PROBED = 8  # tokens; more than one, as a padding token's embedding may be zero
 
 
@@ -74,6 +82,11 @@ def text_config(model: Any) -> Any:
 def is_encoder_decoder(model: Any) -> bool:
     """Whether the model reads one sequence and writes another."""
     return bool(setting(model, "is_encoder_decoder"))
+
+
+def takes_tokens(model: Any) -> bool:
+    """Whether the model's `forward` has `input_ids`; a model of images or of sound has none."""
+    return "input_ids" in inspect.signature(model.forward).parameters
 
 
 def hidden_size(model: Any) -> int | None:
@@ -279,7 +292,8 @@ class ModelProbe(NamedTuple):
 
     has_run: bool = False  # a sharded model is not asked
     logits_are_plain: bool = False  # `output_head` gives the model's logits
-    loss_is_plain: bool = False  # the model's own loss is the shifted cross entropy, averaged over the tokens
+    # The model's own loss, apart from the load-balancing one, is the shifted cross entropy, averaged over the tokens.
+    loss_is_plain: bool = False
 
 
 def probe(model: Any, head: nn.Linear | None) -> ModelProbe:
@@ -310,13 +324,13 @@ def probe(model: Any, head: nn.Linear | None) -> ModelProbe:
     finally:
         if hook is not None:
             hook.remove()
-    logits = outputs.logits
+    logits, loss = outputs.logits, own_loss(model, outputs)
     plain_loss = F.cross_entropy(logits[0, :-1].float(), labels[1:].to(logits.device))
     tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
     return ModelProbe(
         has_run=True,
         logits_are_plain=ours is not None and _are_close(ours.to(logits.device), logits.float(), tolerance),
-        loss_is_plain=outputs.loss is not None and _are_close(outputs.loss.to(plain_loss), plain_loss, 1e-5),
+        loss_is_plain=loss is not None and _are_close(loss.to(plain_loss), plain_loss, 1e-5),
     )
 
 
@@ -338,6 +352,22 @@ def shifts_labels(model: Any) -> bool:
     if loss_type is None:  # a class whose name tells transformers nothing, such as GPT2LMHeadModel
         return isinstance(model, PreTrainedModel) and model.can_generate()
     return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+
+
+def has_class_loss(model: Any, logits: Any, labels: Any) -> bool:
+    """Whether the model's labels are classes, one per vector of its logits, as far as shapes and its name tell."""
+    known = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
+    if known not in (None, *_CLASS_LOSSES) or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return False
+    return isinstance(logits, torch.Tensor) and logits.shape[:-1] == labels.shape and logits.shape[-1] > 1
+
+
+def own_loss(model: Any, outputs: Any) -> Any:
+    """The loss that a model returned, without the load-balancing loss of a mixture of experts; None if it did not."""
+    loss, router_loss = getattr(outputs, "loss", None), getattr(outputs, "aux_loss", None)
+    if loss is None or router_loss is None:
+        return loss
+    return loss - router_loss_weight(model) * router_loss.to(loss.device)
 
 
 def adds_router_loss(model: Any) -> bool:

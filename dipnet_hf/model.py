@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMode
 
 from . import objective
-from .architecture import TEXT_INPUTS, is_encoder_decoder, layers_from, layers_if_any
+from .architecture import TEXT_INPUTS, is_encoder_decoder, layers_from, layers_if_any, takes_tokens
 from .calibration import calibrate, noise_sweep
 from .calibration_loss import CalibrationLoss
 from .config import DipConfig
@@ -68,12 +68,22 @@ def get_dip_model(
     if not isinstance(config, DipConfig):
         raise TypeError(f"config must be a DipConfig, got {type(config).__name__}. Put it in DipConfig(weights=...).")
     config = copy.deepcopy(config)
-    if config.task_type is None and isinstance(model, PreTrainedModel) and model.can_generate():
+    if isinstance(model, PreTrainedModel) and not takes_tokens(model):
+        _check_no_task(model, config)
+    elif config.task_type is None and isinstance(model, PreTrainedModel) and model.can_generate():
         config.task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     if calibration is not None:
         peft_model.calibrate(calibration)
     return peft_model
+
+
+def _check_no_task(model: nn.Module, config: DipConfig) -> None:
+    if config.task_type is not None:
+        raise ValueError(
+            f"task_type={config.task_type!r} makes PEFT pass input_ids, and {type(model).__name__} takes none. Leave "
+            "task_type out, and name a new head in the weights' modules_to_save."
+        )
 
 
 class DipModel(BaseTuner):

@@ -20,7 +20,7 @@ from tests.helpers import (
     save_two_adapters,
     trained_model,
 )
-from tests.tiny_models import NUM_LAYERS, build, make_batch
+from tests.tiny_models import NUM_LAYERS, build, build_task, make_batch, make_task_batch
 
 NAMES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "vit"]
 # OFT has no layer for the Conv1D of GPT-2, and DoRA none for experts.
@@ -252,6 +252,18 @@ def test_a_refused_config_changes_nothing(fields):
         get_dip_model(model, DipConfig(**fields))
     assert_no_trace(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_of_sound_takes_its_own_inputs():
+    """PEFT's classes of tasks pass `input_ids`, so no task is guessed for it, and one that is said is refused."""
+    batch = make_task_batch("whisper")
+    expected = logits(build_task("whisper"), batch)
+    weights = LoraConfig(target_modules=["q_proj"])
+    model = get_dip_model(build_task("whisper"), DipConfig(weights=weights, init_noise_std=0.1), calibration=[batch])
+    assert torch.equal(logits(model.eval(), batch), expected)
+    assert model.generate(input_features=batch["input_features"], max_new_tokens=2).shape[0] == 4
+    with pytest.raises(ValueError, match="task_type='SEQ_2_SEQ_LM' makes PEFT pass input_ids.*takes none. Leave"):
+        get_dip_model(build_task("whisper"), DipConfig(weights=weights, task_type="SEQ_2_SEQ_LM"))
 
 
 def test_a_failed_merge_keeps_the_noise(tiny_llama, batch):
