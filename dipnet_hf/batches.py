@@ -23,9 +23,10 @@ def expand_batch(batch: dict[str, Any], num_samples: int) -> dict[str, Any]:
     """
     if num_samples == 1:
         return batch
-    if "labels" not in batch:
+    if not isinstance(batch.get("labels"), torch.Tensor):
         raise ValueError(
-            f"num_samples={num_samples} repeats the rows of `labels`, but the batch has only {sorted(batch)}."
+            f"num_samples={num_samples} repeats the rows of `labels`, a tensor, but the batch has none, only "
+            f"{sorted(batch)}. Use num_samples=1."
         )
     rows = batch["labels"].shape[0]
     expanded = {**batch, **_boundaries(batch)}
@@ -63,6 +64,23 @@ def _boundaries(batch: dict[str, Any]) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def targets_of(batch: dict[str, Any], shift: bool) -> tuple[Any, bool]:
+    """The labels of a batch, and whether those of position t are the targets of position t - 1.
+
+    Args:
+        batch (`dict`): model inputs with `labels`, and with `shift_labels` where they are shifted already.
+        shift (`bool`): the model shifts its `labels`.
+    """
+    return (batch["shift_labels"], False) if "shift_labels" in batch else (batch["labels"], shift)
+
+
+def num_supervised(labels: Any, shift: bool) -> int:
+    """The number of supervised labels: of tokens, rows or entries of a tensor, or of items of a list."""
+    if not isinstance(labels, torch.Tensor):
+        return len(labels)
+    return int(((labels[:, 1:] if shift else labels) != IGNORE_INDEX).sum())
 
 
 def supervised(outputs: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:

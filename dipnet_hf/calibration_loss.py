@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from .architecture import is_encoder_decoder, shifts_labels
-from .batches import IGNORE_INDEX
+from .batches import IGNORE_INDEX, num_supervised
 from .data_loss import data_terms, run
 from .hidden_states import HiddenStateCapture
 from .scale import num_processes
@@ -78,8 +78,7 @@ class CalibrationLoss:
             terms, _ = data_terms(self._model, batch, self._shifts, self._capture)
             return torch.tensor([float(terms.nll), terms.num_tokens])
         loss = getattr(self._model(**batch), "loss", None)
-        targets = labels[:, 1:] if self._shifts else labels
-        num_items = int((targets != IGNORE_INDEX).sum()) if isinstance(targets, torch.Tensor) else len(targets)
+        num_items = num_supervised(labels, self._shifts)
         if loss is None or not num_items:
             return torch.zeros(2)
         return torch.tensor([float(loss) * num_items, num_items])

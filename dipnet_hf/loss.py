@@ -6,12 +6,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from .architecture import router_loss_weight, shifts_labels
-from .batches import expand_batch
+from .architecture import has_class_loss, own_loss, router_loss_weight, shifts_labels
+from .batches import expand_batch, num_supervised, supervised, targets_of
 from .config import DipConfig
 from .data_loss import data_terms
 from .hidden_states import HiddenStateCapture
-from .objective import Terms
+from .objective import Terms, data_terms_of_logits, stability_outputs, stability_penalty
 
 
 class DipLoss(NamedTuple):
@@ -48,26 +48,73 @@ def unwrap(model: Any) -> NoisyModel:
 def sampled_data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Terms, Any]:
     """Compute eqs. (2) and (4) on one batch, as the active adapter's config says, and the model's outputs.
 
+    Eq. (2) is the model's own loss, taken as a mean over its supervised labels. Where that is known to be the cross
+    entropy of the next tokens, it is computed without whole logits.
+
     Args:
         model (`torch.nn.Module`): from `get_dip_model`, also wrapped.
         batch (`dict`): model inputs with `labels`.
 
     Raises:
-        ValueError: a row cannot be repeated, see `expand_batch`.
+        ValueError: a row cannot be repeated, see `expand_batch`; or what is needed of classes is asked of a model
+            that predicts none, see `class_outputs`.
     """
     tuner = unwrap(model)
     config = tuner.active_dip_config
     inputs = expand_batch(batch, config.num_samples)
+    num_samples, weight, target = config.num_samples, config.stability_loss_weight, config.stability_target
+    shift = shifts_labels(tuner.model)
+    plain = shift and "shift_labels" not in batch and tuner.hidden_state_capture.probe().loss_is_plain
     with tuner.sampled_rows():
-        return data_terms(
-            model,
-            inputs,
-            shifts_labels(tuner.model),
-            tuner.hidden_state_capture,
-            config.num_samples,
-            config.stability_loss_weight,
-            config.stability_target,
+        if plain:
+            return data_terms(model, inputs, shift, tuner.hidden_state_capture, num_samples, weight, target)
+        outputs = model(**inputs)
+    loss = own_loss(tuner.model, outputs)
+    if loss is None:
+        logits_RV, targets_R = class_outputs(model, outputs, inputs)
+        return data_terms_of_logits(logits_RV, targets_R, num_samples, weight, target), outputs
+    num_tokens = num_supervised(*targets_of(batch, shift))
+    nll = loss * num_tokens if num_tokens else 0.0 * outputs.logits.sum()  # the mean over nothing is NaN
+    stability = nll.new_zeros(())
+    if weight:
+        values = stability_outputs(*class_outputs(model, outputs, inputs), target)
+        stability = weight * stability_penalty(values, num_samples)
+    return Terms(nll + stability, nll.detach(), stability.detach(), num_tokens), outputs
+
+
+def class_outputs(model: torch.nn.Module, outputs: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits at the supervised labels, of shape `(N, V)`, and these labels, which are classes, of shape `(N,)`.
+
+    Args:
+        model (`torch.nn.Module`): from `get_dip_model`, also wrapped.
+        outputs (`Any`): the model's.
+        batch (`dict`): its inputs, with `labels`.
+
+    Raises:
+        ValueError: the labels are not known to be classes, one for each vector of the logits.
+    """
+    tuner = unwrap(model)
+    network = tuner.model
+    logits: Any = getattr(outputs, "logits", None)
+    model_shifts = shifts_labels(network)
+    labels: Any = None
+    if "labels" in batch:
+        labels, shift = targets_of(batch, model_shifts)
+    probe = tuner.hidden_state_capture.probe() if model_shifts else None
+    is_other_loss = probe is not None and probe.has_run and not probe.loss_is_plain
+    if is_other_loss or not has_class_loss(network, logits, labels):
+        raise ValueError(
+            f"{type(network).__name__} is not known to predict classes: its logits have the shape "
+            f"{_shape(logits)} and its labels {_shape(labels)}"
+            + (", and its own loss is not the cross entropy of the next tokens. " if is_other_loss else ". ")
+            + "A stability term, and the loss of a model that returns none, need one class per vector of logits: set "
+            "stability_loss_weight=0, or let the model return its loss."
         )
+    return supervised(logits, labels.to(logits.device), shift)
+
+
+def _shape(value: Any) -> str:
+    return f"{tuple(value.shape)} ({value.dtype})" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def dip_loss(
@@ -77,8 +124,9 @@ def dip_loss(
 
     Args:
         model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP or `torch.compile`.
-        batch (`dict`): model inputs with `labels` of shape `(B, L)`, -100 where unsupervised, or `(B,)` for classes.
-        num_items_in_batch (`int` or scalar tensor, *optional*): supervised tokens in the whole optimizer step. Give it
+        batch (`dict`): model inputs with `labels` as the model takes them: of shape `(B, L)`, -100 where unsupervised,
+            `(B,)` for classes, or others of the model's own loss.
+        num_items_in_batch (`int` or scalar tensor, *optional*): supervised labels in the whole optimizer step. Give it
             when accumulating gradients: the data and stability terms are divided by it, and the prior is weighted by
             this batch's share of it, so that the micro-batches add up to the one large batch.
 
@@ -86,7 +134,8 @@ def dip_loss(
         `DipLoss`: `(loss, nll, prior, stability)`, scalars. Differentiate once.
 
     Raises:
-        ValueError: the batch has no `labels`.
+        ValueError: the batch has no `labels`; its rows cannot be repeated; or a stability term was asked of a model
+            whose labels are no classes.
     """
     if "labels" not in batch:
         raise ValueError(f"dip_loss needs `labels` in the batch, got {sorted(batch)}.")

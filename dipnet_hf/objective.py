@@ -80,6 +80,13 @@ def data_terms_of_logits(
     return Terms(nll + stability, nll.detach(), stability.detach(), len(targets_R) // num_samples)
 
 
+def stability_outputs(logits_RV: torch.Tensor, targets_R: torch.Tensor, stability_target: str) -> torch.Tensor:
+    """f of eq. (4), for `stability_penalty`; the arguments are those of `data_terms_of_logits`."""
+    if stability_target == "logits":
+        return logits_RV
+    return -F.cross_entropy(logits_RV.float(), targets_R, reduction="none")
+
+
 def stability_penalty(outputs_SN: torch.Tensor, num_samples: int) -> torch.Tensor:
     """Eq. (4) before its weight: the unbiased variance over the S samples, summed over the supervised tokens.
 

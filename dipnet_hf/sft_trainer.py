@@ -50,7 +50,7 @@ class DipSFTTrainer(DipTrainerMixin, SFTTrainer):
         loss = SFTTrainer.compute_loss(self, keep_outputs, inputs, num_items_in_batch=num_items_in_batch)
         return loss, outputs[0]
 
-    def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    def _supervised_outputs(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if "log_probs" in outputs:
             return outputs.log_probs[outputs.label_mask]
-        return super()._supervised_outputs(outputs, labels)
+        return super()._supervised_outputs(outputs, inputs)

@@ -8,14 +8,13 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from transformers import Trainer
 
 from .architecture import adds_router_loss, shifts_labels
-from .batches import expand_batch, supervised
-from .loss import sampled_data_terms
+from .batches import expand_batch
+from .loss import class_outputs, sampled_data_terms
 from .model import DipModel
-from .objective import stability_penalty
+from .objective import stability_outputs, stability_penalty
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
     _Base = Trainer
@@ -144,10 +143,11 @@ class DipTrainerMixin(_Base):
         config = self._tuner().active_dip_config
         num_rows_items = None if num_items_in_batch is None else num_items_in_batch * config.num_samples
         with self._tuner().sampled_rows():
-            nll, outputs = self._data_loss(model, inputs, num_rows_items)
+            # A copy, as label smoothing and losses of one's own take the labels out.
+            nll, outputs = self._data_loss(model, dict(inputs), num_rows_items)
         stability = nll.new_zeros(())
         if config.stability_loss_weight:
-            outputs_SN = self._supervised_outputs(outputs, inputs["labels"])
+            outputs_SN = self._supervised_outputs(outputs, inputs)
             num_tokens = len(outputs_SN) // config.num_samples
             penalty = config.stability_loss_weight * stability_penalty(outputs_SN, config.num_samples)
             stability = penalty * self._item_weight(num_tokens, num_items_in_batch)
@@ -157,12 +157,11 @@ class DipTrainerMixin(_Base):
         """Eq. (2) and the model's outputs, in one forward."""
         return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
 
-    def _supervised_outputs(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-        """f of eq. (4) at the supervised tokens: `(S * N,)` log-probabilities or `(S * N, V)` logits."""
-        logits, targets = supervised(outputs.logits, labels, shifts_labels(self._tuner().model))
-        if self._tuner().active_dip_config.stability_target == "logits":
-            return logits
-        return -F.cross_entropy(logits.float(), targets, reduction="none")
+    def _supervised_outputs(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """f of eq. (4) at the supervised labels: `(S * N,)` log-probabilities or `(S * N, V)` logits."""
+        model: Any = self.model
+        target = self._tuner().active_dip_config.stability_target
+        return stability_outputs(*class_outputs(model, outputs, inputs), target)
 
     def _item_weight(self, num_tokens: int, num_items_in_batch) -> Any:
         """What a sum over a batch's supervised tokens is multiplied by, as in the base trainer."""

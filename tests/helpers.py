@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, OFTConfig
-from transformers import TrainingArguments
+from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM, TrainingArguments
 
 from dipnet_hf import DipConfig, DipTrainer, get_dip_model
 from dipnet_hf.noise import BLOCK_LENGTH, fold_in
@@ -72,6 +72,23 @@ def trained_model(name="llama", weights="lora", **config):
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+class HasALossOfItsOwn(LlamaForCausalLM):
+    """A causal model whose loss is no cross entropy."""
+
+    @property
+    def loss_function(self):
+        return lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
+
+
+def unshifted_bart():
+    """A causal model whose labels are not those of the next token: it does not shift them."""
+    config = BartConfig(
+        **{"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+        **{"dropout": 0.0, "attention_dropout": 0.0, "is_decoder": True, "is_encoder_decoder": False},
+    )
+    return BartForCausalLM(config)
 
 
 def save_two_adapters(folder):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dipnet_hf import DipConfig, dip_loss
-from tests.helpers import dip_model
-from tests.tiny_models import build, make_batch
+from dipnet_hf.architecture import ModelProbe
+from tests.helpers import HasALossOfItsOwn, dip_model, gradients, unshifted_bart
+from tests.tiny_models import build, build_task, make_batch, make_task_batch
 
 
 class Noisy(nn.Module):
@@ -21,7 +22,11 @@ class Noisy(nn.Module):
         self.active_dip_config = config
         self.model = SimpleNamespace(loss_type="ForCausalLM" if logits.dim() == 3 else "ForSequenceClassification")
         self.logits = nn.Parameter(logits)
-        self.hidden_state_capture = SimpleNamespace(capturing=lambda shape: contextlib.nullcontext(), pop=lambda: None)
+        self.hidden_state_capture = SimpleNamespace(
+            capturing=lambda shape: contextlib.nullcontext(),
+            pop=lambda: None,
+            probe=lambda: ModelProbe(loss_is_plain=True),
+        )
         self.passes = 0
 
     def sampled_rows(self):
@@ -156,3 +161,88 @@ def test_a_batch_of_classes_needs_no_shift():
 def test_labels_are_required():
     with pytest.raises(ValueError, match=r"needs `labels` in the batch, got \['input_ids'\]"):
         dip_loss(Noisy(DipConfig(weights="frozen"), torch.zeros(1, 2, 3)), {"input_ids": torch.zeros(1, 2)})
+
+
+LABELLED = ["classes", "regression", "multi_label", "tokens", "masked", "t5", "bart", "marian", "whisper"]
+NO_CLASSES = ["regression", "multi_label"]
+OWN_LOSSES = {
+    "another loss": lambda: HasALossOfItsOwn(build("llama").config),
+    "labels not shifted": unshifted_bart,
+}
+
+
+def noiseless(base, **config):
+    """A model whose noise and prior are zero, in training mode."""
+    config = {"noise_scale": "absolute", "init_noise_std": 0.0, "prior_weight": 0.0} | config
+    return dip_model(base, target_modules=r".*(layers?|block)\.\d+", **config).train()
+
+
+def model_and_batch(name):
+    if name in OWN_LOSSES:
+        return OWN_LOSSES[name](), make_batch("llama")
+    return build_task(name), make_task_batch(name)
+
+
+@pytest.mark.parametrize("name", [*LABELLED, *OWN_LOSSES])
+def test_the_data_term_is_the_models_own_loss(name):
+    base, batch = model_and_batch(name)
+    model = noiseless(base, num_samples=2)
+    expected = model(**batch).loss
+    wanted = gradients(model, expected)
+    model.zero_grad()
+    result = dip_loss(model, batch)
+    assert result.nll.item() == result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for parameter, gradient in gradients(model, result.loss).items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, wanted[parameter], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*NO_CLASSES, "tokens", "t5"])
+def test_micro_batches_of_an_own_loss_add_up(name):
+    model, batch = noiseless(build_task(name), num_samples=2), make_task_batch(name)
+    num_items = (batch["labels"] != -100).sum()
+    parts = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]
+    total = sum(dip_loss(model, part, num_items).loss.item() for part in parts)
+    assert total == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("target", ["log_prob", "logits"])
+@pytest.mark.parametrize("name", sorted({*LABELLED} - {*NO_CLASSES}))
+def test_stability_is_the_variance_over_the_samples_of_a_model_of_classes(name, target):
+    config = {"num_samples": 3, "stability_loss_weight": 0.7, "stability_target": target}
+    model = dip_model(build_task(name), noise_scale="absolute", target_sites="linear", prior_weight=0.0, **config)
+    batch = make_task_batch(name)
+    with model.sampling(seed=5):
+        logits = model(**{key: value.repeat(3, *[1] * (value.dim() - 1)) for key, value in batch.items()}).logits
+    with model.sampling(seed=5):
+        result = dip_loss(model, batch)
+    supervised = batch["labels"] != -100
+    samples = torch.stack([sample[supervised] for sample in logits.chunk(3)])
+    log_probs = samples.log_softmax(-1).gather(-1, batch["labels"][supervised].expand(3, -1)[..., None])
+    variance = (log_probs if target == "log_prob" else samples).var(0).sum(-1).mean()
+    assert result.stability.item() == pytest.approx(0.7 * variance.item(), rel=1e-4) and variance > 0
+    assert result.nll.item() == pytest.approx(-log_probs.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*NO_CLASSES, *OWN_LOSSES])
+def test_a_stability_term_without_known_classes_is_refused(name):
+    base, batch = model_and_batch(name)
+    model = noiseless(base, num_samples=2, stability_loss_weight=0.1)
+    with pytest.raises(ValueError, match="is not known to predict classes.*set stability_loss_weight=0"):
+        dip_loss(model, batch)
+
+
+def test_labels_of_another_length_than_the_outputs_are_no_classes():
+    base = build_task("tokens")
+    base.loss_type = "ForCTC"  # of one length here, but labels of no output in particular
+    model = noiseless(base, num_samples=2, stability_loss_weight=0.1)
+    with pytest.raises(ValueError, match="is not known to predict classes"):
+        dip_loss(model, make_task_batch("tokens"))
+
+
+def test_an_own_loss_without_a_supervised_label_costs_nothing():
+    model, batch = noiseless(build_task("tokens"), num_samples=2), make_task_batch("tokens")
+    result = dip_loss(model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
+    result.loss.backward()
+    assert result.loss == 0
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -6,12 +6,21 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from dipnet_hf import DipTrainer, DipTrainerMixin, dip_loss
 from dipnet_hf.trainer import share_level
-from tests.helpers import collate, dip_model, losses, make_rows, make_trainer, projections
-from tests.tiny_models import build
+from tests.helpers import (
+    HasALossOfItsOwn,
+    collate,
+    dip_model,
+    losses,
+    make_rows,
+    make_trainer,
+    projections,
+    unshifted_bart,
+)
+from tests.tiny_models import build, build_task, make_task_batch
 
 
 @pytest.fixture
@@ -277,23 +286,13 @@ class AddsToItsLoss(LlamaForCausalLM):
         return outputs
 
 
-class HasALossOfItsOwn(LlamaForCausalLM):
-    @property
-    def loss_function(self):
-        return lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
-
-
-def bart():
-    """Its labels are not those of the next token: it does not shift them."""
-    config = BartConfig(
-        **{"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
-        **{"dropout": 0.0, "attention_dropout": 0.0, "is_decoder": True, "is_encoder_decoder": False},
-    )
-    return BartForCausalLM(config)
-
-
 @pytest.mark.parametrize(
-    "make_base", [lambda: AddsToItsLoss(build("llama").config), lambda: HasALossOfItsOwn(build("llama").config), bart]
+    "make_base",
+    [
+        lambda: AddsToItsLoss(build("llama").config),
+        lambda: HasALossOfItsOwn(build("llama").config),
+        unshifted_bart,
+    ],
 )
 def test_the_trainer_keeps_a_loss_that_is_not_the_plain_one(make_base, rows, tmp_path):
     torch.manual_seed(0)
@@ -310,6 +309,75 @@ def test_the_trainer_keeps_a_loss_that_is_not_the_plain_one(make_base, rows, tmp
     with torch.no_grad():
         expected = trainer.model.eval()(**inputs).loss.item()
     assert trainer.state.log_history[0]["nll"] == pytest.approx(expected, rel=1e-5)
+
+
+class PopsLabels(Trainer):
+    """As in transformers' documentation of `compute_loss`."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = outputs.logits[:, :-1].flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(loss, labels[:, 1:].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+def sum_of_squares(outputs, labels, num_items_in_batch):
+    return (outputs.logits.square().mean(-1) * (labels != -100)).sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("base_class", "arguments", "loss_function", "target"),
+    [
+        (Trainer, {"label_smoothing_factor": 0.3}, None, "log_prob"),
+        (Trainer, {}, sum_of_squares, "logits"),
+        (PopsLabels, {}, None, "log_prob"),
+    ],
+    ids=["smoothing", "function", "subclass"],
+)
+def test_a_loss_that_takes_the_labels_away_leaves_the_stability_term(
+    base_class, arguments, loss_function, target, rows, tmp_path
+):
+    """The data term is stock's, the stability term what it is beside the plain loss: equal noise at every step."""
+
+    def first_log(trainer_class, **config):
+        config |= {"noise_scale": "absolute", "init_noise_std": 0.2, "prior_weight": 0.0, "num_samples": 2}
+        model = dip_model(sampling="independent", **config)
+        trainer = make_trainer(model, rows, tmp_path, partial(trainer_class, compute_loss_func=function), **options)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    stability = {"stability_loss_weight": 0.5, "stability_target": target}
+    mixed = type("Mixed", (DipTrainerMixin, base_class), {})
+    function, options = loss_function, {"max_steps": 1, **arguments}
+    ours, unstable = first_log(mixed, **stability), first_log(mixed)
+    function, options = None, {"max_steps": 1}
+    plain = first_log(DipTrainer, **stability)
+    assert ours["stability"] == pytest.approx(plain["stability"], rel=1e-4) and ours["stability"] > 0
+    assert ours["nll"] == pytest.approx(unstable["nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "stability_loss_weight"), [("regression", 0.0), ("multi_label", 0.1), ("tokens", 0.1), ("t5", 0.0)]
+)
+def test_the_trainer_serves_other_tasks(name, stability_loss_weight, tmp_path):
+    """With the noise off the loss is stock's; a stability term of what is no class is refused."""
+    batch = make_task_batch(name)
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+
+    def trained(model, trainer_class):
+        trainer = make_trainer(model, rows, tmp_path, trainer_class, max_steps=1, remove_unused_columns=False)
+        trainer.data_collator = default_data_collator
+        trainer.train()
+        return losses(trainer)
+
+    config = {"noise_scale": "absolute", "init_noise_std": 0.0, "prior_weight": 0.0, "num_samples": 2}
+    model = dip_model(build_task(name), stability_loss_weight=stability_loss_weight, **config)
+    if name == "multi_label":
+        with pytest.raises(ValueError, match="is not known to predict classes.*set stability_loss_weight=0"):
+            trained(model, DipTrainer)
+    else:
+        assert trained(model, DipTrainer) == pytest.approx(trained(build_task(name), Trainer), rel=1e-5)
 
 
 def test_a_model_without_the_adapter_is_refused(rows, tmp_path):
