@@ -46,15 +46,25 @@ class ScaleMeter:
         self._samples = [TokenSample(math.ceil(num_tokens / num_processes())) for _ in projections]
         self._watching = False
         self._masks: dict[str, torch.Tensor] = {}
+        self._is_encoding = False
+        self._source: torch.Tensor | None = None  # the encoder's output, which a decoder reads
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Context in which the sites' inputs are sampled, during the batches that `watch` passes on."""
         for projection, sample in zip(self._projections, self._samples, strict=True):
             projection.observer = partial(self._observe, projection.site, sample)
+        encoder = self._model.get_encoder() if is_encoder_decoder(self._model) else nn.Module()
+        hooks = [
+            encoder.register_forward_pre_hook(self._begin_source),
+            encoder.register_forward_hook(self._end_source),
+        ]
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
+            self._source = None
             for projection in self._projections:
                 projection.observer = None
 
@@ -73,15 +83,24 @@ class ScaleMeter:
                 f"Site '{site.name}' should have {site.num_channels} channels along dimension {site.channel_dim}, but "
                 f"its input has the shape {tuple(x.shape)}. Choose another module as the site."
             )
-        sample.add(tokens_of(x, site.channel_dim, self._masks_for(site)))
+        sample.add(tokens_of(x, site.channel_dim, self._masks_for(x)))
 
-    def _masks_for(self, site: Site) -> list[torch.Tensor]:
-        """The masks that may fit a site's input. In a decoder, cross-attention reads the encoder's output too."""
-        names = ["attention_mask"]
-        if is_encoder_decoder(self._model):
-            inside = any(module is self._model.get_encoder() for module in _hosts(self._model, site.name))
-            names = ["attention_mask"] if inside else ["decoder_attention_mask", "labels", "attention_mask"]
-        return [self._masks[name] for name in names if name in self._masks]
+    def _begin_source(self, module: nn.Module, args: tuple) -> None:
+        self._is_encoding = True
+
+    def _end_source(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._is_encoding, self._source = False, output[0]
+
+    def _masks_for(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The masks that a site's tokens may have: those of the source, or a decoder's own.
+
+        Where a decoder has a mask and none fits, what enters the site is made of the source.
+        """
+        source = [self._masks[name] for name in ("attention_mask",) if name in self._masks]
+        if not is_encoder_decoder(self._model) or self._is_encoding or x is self._source:
+            return source
+        own = [self._masks[name] for name in ("decoder_attention_mask", "labels") if name in self._masks]
+        return [*own, *source] if own else []
 
     def scales(self) -> list[torch.Tensor]:
         """The sites' scales, float32 of shape `(D,)` each, the same on every process.
@@ -215,12 +234,6 @@ def _masks_of(batch: Any) -> dict[str, torch.Tensor]:
     if isinstance(batch.get("labels"), torch.Tensor):
         masks["labels"] = batch["labels"] != IGNORE_INDEX
     return {name: mask for name, mask in masks.items() if isinstance(mask, torch.Tensor) and mask.dim() == 2}
-
-
-def _hosts(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that contain the one called `name`, outermost first."""
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
 
 
 def num_processes() -> int:

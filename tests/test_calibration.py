@@ -13,14 +13,16 @@ from transformers import BertConfig, BertForQuestionAnswering
 from dipnet_hf import DipConfig, DipModel, DipTrainer, dip_loss, get_dip_model
 from dipnet_hf.calibration import find_std
 from dipnet_hf.scale import channel_scale
-from tests.helpers import make_trainer, predictions, projections, site_inputs
+from tests.helpers import dip_model, make_trainer, predictions, projections, site_inputs
 from tests.tiny_models import (
     MASSIVE_CHANNEL,
     OUTLIER_CHANNELS,
     build,
+    build_task,
     build_with_outliers,
     make_batch,
     make_outlier_batch,
+    make_task_batch,
 )
 
 
@@ -440,3 +442,13 @@ def test_an_adapter_of_one_scale_per_site_loads_and_means_what_it_meant(tmp_path
     assert (
         PeftModel.from_pretrained(build_with_outliers(), tmp_path / "again").noise_summary() == model.noise_summary()
     )
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "whisper"])
+def test_an_encoder_decoder_is_calibrated_on_its_own_loss(name):
+    """It makes its decoder's input of the labels, so they are never taken away."""
+    batch = make_task_batch(name)
+    model = dip_model(build_task(name), [batch], weights="frozen")
+    assert not model.needs_calibration
+    (row,) = model.noise_sweep([batch], stds=[], per_site=False)
+    assert row["loss"] == pytest.approx(build_task(name)(**batch).loss.item(), rel=1e-5)

@@ -63,27 +63,42 @@ def test_every_channel_of_every_site_is_measured_on_the_base_model(target_sites,
     assert dip_loss(model, other).loss.isfinite()
 
 
-def test_a_decoders_padding_is_its_own_and_an_encoders_too():
+@pytest.mark.parametrize("source_length", [12, 7])  # another length than the target's, and the same
+@pytest.mark.parametrize("target", ["labels", "decoder_attention_mask", None])
+def test_a_decoders_padding_is_its_own_and_an_encoders_too(target, source_length):
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2)
     config.decoder_start_token_id = 0
-    batch = {"input_ids": torch.randint(2, 20, (16, 12)), "labels": torch.randint(2, 20, (16, 7))}
-    batch["attention_mask"] = (torch.arange(12) < torch.arange(2, 10).repeat(2)[:, None]).long()
-    batch["labels"][:, 4:] = -100
-    names = ["encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q"]
-    names.append("decoder.block.1.layer.1.EncDecAttention.k")  # reads what the encoder wrote
-    masks = [batch["attention_mask"].bool(), batch["labels"] != -100, batch["attention_mask"].bool()]
+    written = torch.randint(2, 20, (16, 7))
+    batch = {"input_ids": torch.randint(2, 20, (16, source_length))}
+    batch["attention_mask"] = (torch.arange(source_length) < torch.arange(2, 7).repeat(4)[:16, None]).long()
+    source_mask, target_mask = batch["attention_mask"].bool(), (torch.arange(7) < 4).expand(16, 7)
+    if target == "labels":
+        batch["labels"] = written.where(target_mask, -100)
+    else:
+        batch["decoder_input_ids"] = written
+    if target == "decoder_attention_mask":
+        batch["decoder_attention_mask"] = target_mask.long()
+    if target is None:  # nothing tells what is padding, certainly not the source's mask
+        target_mask = torch.ones_like(target_mask)
+    masks = {
+        "encoder.block.1.layer.0.SelfAttention.q": source_mask,
+        "decoder.block.1.layer.0.SelfAttention.q": target_mask,
+        "decoder.block.1.layer.1.EncDecAttention.q": target_mask,
+        "decoder.block.1.layer.1.EncDecAttention.k": source_mask,  # reads what the encoder wrote
+    }
     model = get_dip_model(
-        T5ForConditionalGeneration(config), DipConfig(weights="frozen", target_modules=names, init_noise_std=0.1)
+        T5ForConditionalGeneration(config), DipConfig(weights="frozen", target_modules=list(masks), init_noise_std=0.1)
     ).eval()
+    base = model.get_base_model()
     inputs = {}
-    for name in names:
-        model.get_base_model().get_submodule(name).register_forward_pre_hook(
+    for name in masks:
+        base.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: inputs.setdefault(name, args[0])
         )
     model.calibrate([batch])
-    for name, mask in zip(names, masks, strict=True):
-        scale = model.get_base_model().get_submodule(name).dip_projection.scale
+    for name, mask in masks.items():
+        scale = base.get_submodule(name).dip_projection.scale
         torch.testing.assert_close(scale, channel_scale(inputs[name][mask]))
 
 
