@@ -177,7 +177,7 @@ def linears_of(layer: nn.Module) -> list[str]:
     return [
         name
         for name, module in modules_outside_adapters(layer)
-        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
+        if isinstance(_base_layer(module), (nn.Linear, Conv1D))
     ]
 
 
@@ -197,7 +197,7 @@ def input_channels(module: nn.Module) -> tuple[int, int] | None:
     A block tells by its first layer with weights if channels are dimension 1 there, as for a convolution. One along
     the sequence beside linear layers does not tell: it is inside a mixer of tokens, whose channels are the last.
     """
-    leaf: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    leaf: Any = _base_layer(module)
     children = [child for name, child in leaf.named_children() if name != _PROJECTION_NAME]
     if children:
         kinds = {type(part) for part in leaf.modules()}
@@ -217,6 +217,20 @@ def input_channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(getattr(leaf, "weight", None), nn.Parameter) and leaf.weight.dim() == 1:  # LayerNorm, RMSNorm
         return leaf.weight.shape[0], -1
     return None
+
+
+def is_behind_padding_mask(model: nn.Module, name: str) -> bool:
+    """Whether a module stands where padding has been set to zero, because a convolution along the sequence follows.
+
+    Such mixers of tokens (Mamba's, gated delta nets, short convolutions) mask their padding as it enters, not later.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return any(isinstance(_base_layer(child), nn.Conv1d) for child in parent.children())
+
+
+def _base_layer(module: Any) -> nn.Module:
+    """The layer that an adapter of the weights has wrapped."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 # ---- rows ----

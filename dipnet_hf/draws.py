@@ -3,12 +3,14 @@
 Shape legend: S samples, B batch, L sequence, D hidden size.
 """
 
+import math
 import threading
 from collections import deque
 from typing import NamedTuple, Protocol
 
 import torch
 
+from .layout import Layout, TokenDims
 from .noise import PositionNoise, Positions, add_noise, fold_in, project, shaped_std
 
 # Far more forward passes than ever wait for their backward pass at the same time.
@@ -30,14 +32,52 @@ class FreshDraw(NamedTuple):
 
     key: torch.Tensor
     antithetic: bool
+    layout: Layout | None = None  # None for inputs that are no tensors: rows come first
+    known_dims: TokenDims | None = None
+    spares_padding: bool = False
 
     def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
         """See `SiteDraw`."""
-        return project(x, logvar, scale, self.key, self.antithetic, channel_dim)
+        rows_dim = self._rows_dim(x, channel_dim) if self.antithetic else 0
+        if rows_dim == 0:
+            u = project(x, logvar, scale, self.key, self.antithetic, channel_dim)
+        else:
+            rows_first = x.movedim(channel_dim, -1).movedim(rows_dim, 0)
+            u = project(rows_first, logvar, scale, self.key, self.antithetic)
+            u = u.movedim(0, rows_dim).movedim(-1, channel_dim)
+        if not self.spares_padding or self.layout is None or self.layout.mask is None:
+            return u
+        is_token = _mask_for(x.movedim(channel_dim, -1), self.layout, self.known_dims)
+        return u if is_token is None else torch.where(is_token.movedim(-1, channel_dim), u, x)
+
+    def _rows_dim(self, x: torch.Tensor, channel_dim: int) -> int:
+        shape = x.movedim(channel_dim, -1).shape[:-1]
+        if self.layout is None:
+            return 0
+        rows_dim = self.layout.rows_dim(shape, self.known_dims)
+        if rows_dim is None:
+            raise ValueError(
+                f"Samples in pairs have opposite noise row by row, and a site's input of shape {tuple(x.shape)} does "
+                f"not tell which of it belongs to which of {self.layout.num_rows} rows. Set sampling='independent', "
+                "or choose sites that see every token."
+            )
+        return rows_dim
 
     def repeated(self, number: int) -> "FreshDraw":
         """See `SiteDraw`."""
         return self._replace(key=fold_in(self.key, number))
+
+
+def _mask_for(x: torch.Tensor, layout: Layout, known_dims: TokenDims | None) -> torch.Tensor | None:
+    """Which tokens of an input with its channels last are no padding, shaped to broadcast; None if it has not all."""
+    assert layout.mask is not None
+    dims = layout.token_dims(x.shape[:-1], known_dims)
+    if dims is None:
+        return None
+    shape = [1] * x.dim()
+    shape[dims.rows], shape[dims.length] = layout.mask.shape
+    mask = layout.mask if dims.rows < dims.length else layout.mask.T
+    return mask.to(x.device).bool().reshape(shape)
 
 
 class PositionDraw(NamedTuple):
@@ -46,6 +86,9 @@ class PositionDraw(NamedTuple):
     num_samples: int
     noise: PositionNoise
     positions: Positions | None  # None for inputs without positions, such as images
+    layout: Layout
+    known_dims: TokenDims | None = None
+    spares_padding: bool = False
 
     def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
         """See `SiteDraw`."""
@@ -53,17 +96,36 @@ class PositionDraw(NamedTuple):
             noise = self.noise.whole(x.shape[1:], x.device)
             std = shaped_std(x, logvar, scale, channel_dim)
             return add_noise(x.unflatten(0, (self.num_samples, -1)), noise, std).flatten(0, 1)
-        noise = self.noise.at(self.positions, x.shape[-1], x.device)
-        rows, length = x.shape[0] // self.num_samples, noise.shape[2]
-        if x.dim() == 2:  # experts and OPT's layers get the tokens of all rows in one dimension
-            rows = rows // length
-        if x.numel() != self.num_samples * rows * length * x.shape[-1]:
-            raise ValueError(
-                f"An ensemble draws noise for every token, but a site's input of shape {tuple(x.shape)} does not hold "
-                f"{self.num_samples} samples of {length} tokens. Choose sites that see every token."
-            )
-        x_SBLD = x.reshape(self.num_samples, rows, length, x.shape[-1])
-        return add_noise(x_SBLD, noise, shaped_std(x, logvar, scale, -1)).view(x.shape)
+        channels_last = x.movedim(channel_dim, -1)
+        dims, positions = self._find(channels_last)
+        # Of shape (S * B, L, ..., D): what stands between the tokens and the channels has noise of its own.
+        if dims is None:
+            tokens = channels_last.reshape(self.layout.num_rows, -1, x.shape[-1])
+        else:
+            tokens = channels_last.movedim(dims, (0, 1))
+        noise = self.noise.at(positions, math.prod(tokens.shape[2:]), x.device).unflatten(-1, tokens.shape[2:])
+        if self.spares_padding and self.layout.mask is not None:
+            mask_BL = self.layout.mask.to(x.device)[:, -tokens.shape[1] :]
+            noise = noise * mask_BL.view(1, *mask_BL.shape, *[1] * (noise.dim() - 3))
+        samples = tokens.unflatten(0, (self.num_samples, -1))
+        u = add_noise(samples, noise, shaped_std(x, logvar, scale, -1)).flatten(0, 1)
+        u = u.reshape(channels_last.shape) if dims is None else u.movedim((0, 1), dims)
+        return u.movedim(-1, channel_dim)
+
+    def _find(self, x: torch.Tensor) -> tuple[TokenDims | None, Positions]:
+        """The dimensions of the tokens in an input with its channels last, and their positions; None: all in one."""
+        assert self.positions is not None
+        dims = self.layout.token_dims(x.shape[:-1], self.known_dims)
+        num_rows, length, kept = self.layout.num_rows, self.layout.length, self.layout.num_kept
+        if dims is not None or (x.dim() == 2 and len(x) == num_rows * (length or 0)):
+            return dims, self.positions
+        if kept is not None and x.shape[:2] == (num_rows, kept):
+            return TokenDims(0, 1), self.positions.last(kept)
+        raise ValueError(
+            f"An ensemble draws noise for every token, but a site's input of shape {tuple(x.shape)} does not hold "
+            f"{self.num_samples} samples of {num_rows // self.num_samples} rows of {length} tokens. Choose sites that "
+            "see every token."
+        )
 
     def repeated(self, number: int) -> "PositionDraw":
         """See `SiteDraw`."""

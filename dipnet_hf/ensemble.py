@@ -34,6 +34,7 @@ from .architecture import (
 from .contexts import PerThread
 from .draws import PositionDraw, SiteDraw
 from .late_expansion import Inputs, LateExpansion
+from .layout import Layout, padding_mask
 from .noise import locate, position_noises
 from .projection import DipProjection
 from .uncertainty import Prediction, predictive_entropies
@@ -146,12 +147,23 @@ class Ensemble:
         check_prompt(main)
         self._check_inputs(inputs, main)
         self._now.labels = self._pop_labels(inputs)
-        positions = None
+        layout, positions = Layout(self.num_samples * main.shape[0]), None
         if name in TEXT_INPUTS:
             positions_BL = self._positions(inputs, main).cpu()
             self._check_positions(positions_BL, padded=inputs.get("attention_mask") is not None)
             positions = locate(positions_BL, main.device)
-        draws = [PositionDraw(self.num_samples, noise, positions) for noise in self._noises]
+            kept = inputs.get("logits_to_keep")
+            layout = layout._replace(
+                length=main.shape[1],
+                mask=padding_mask(inputs, main.shape[1]),
+                num_kept=kept if isinstance(kept, int) else None,
+            )
+        draws = [
+            PositionDraw(
+                self.num_samples, noise, positions, layout, projection.known_dims, projection.site.spares_padding
+            )
+            for noise, projection in zip(self._noises, projections, strict=True)
+        ]
         return ((), self.expansion.expand(inputs, main.shape[0])), draws
 
     def _positions(self, inputs: dict[str, Any], main: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,13 @@ class Positions(NamedTuple):
     index_RL: torch.Tensor | slice
     last_blocks: list[int]  # of the rows' last tokens: the next token is in the same block or begins a new one
 
+    def last(self, number: int) -> "Positions":
+        """Those of the last tokens alone."""
+        index = self.index_RL
+        if isinstance(index, slice):
+            return self._replace(index_RL=slice(index.stop - number, index.stop))
+        return self._replace(index_RL=index[:, -number:])
+
 
 BLOCK_LENGTH = 32
 

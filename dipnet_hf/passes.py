@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
+from .architecture import ROW_INPUTS, TEXT_INPUTS
 from .draws import FreshDraw, SiteDraw
 from .late_expansion import Inputs, LateExpansion
+from .layout import Layout, padding_mask
 from .noise import KeySource
 from .projection import DipProjection
 
@@ -59,10 +63,28 @@ class FreshPass:
         self.end(None)  # a pass that failed
         if not projections:
             return None, []
-        draws = [FreshDraw(key, self.antithetic) for key in self.keys.next(len(projections))]
+        layout = _layout(args, kwargs)
+        draws = [
+            FreshDraw(key, self.antithetic, layout, projection.known_dims, projection.site.spares_padding)
+            for key, projection in zip(self.keys.next(len(projections)), projections, strict=True)
+        ]
         return None if self.expansion is None else self.expansion.expand_copies(args, kwargs), draws
 
     def end(self, output: Any) -> Any:
         """See `Pass`."""
         if self.expansion is not None:
             self.expansion.stop()
+
+
+def _layout(args: tuple, kwargs: dict[str, Any]) -> Layout | None:
+    """The layout of a pass on these inputs, None where none of them is a tensor."""
+    text = next((kwargs[name] for name in TEXT_INPUTS if kwargs.get(name) is not None), None)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() > 0]
+    if text is None and args and tensors and not tensors[0].is_floating_point():
+        text = tensors[0]
+    if text is None:
+        return Layout(tensors[0].shape[0]) if tensors else None
+    others = [value for name, value in kwargs.items() if name not in ROW_INPUTS and isinstance(value, torch.Tensor)]
+    num_rows, length = text.shape[:2]
+    is_text = not any(map(torch.is_floating_point, others))
+    return Layout(num_rows, length, padding_mask(kwargs, length), is_text=is_text)

@@ -17,6 +17,7 @@ from torch import nn
 from .config import DipConfig
 from .contexts import ContextValue, PerThread
 from .draws import RecomputeMemory, SiteDraw
+from .layout import TokenDims
 
 
 class Site(NamedTuple):
@@ -26,6 +27,7 @@ class Site(NamedTuple):
     num_channels: int
     channel_dim: int = -1
     at_output: bool = False
+    spares_padding: bool = False  # padding gets no noise: the model has set it to zero, and mixes tokens behind
 
 
 @dataclass
@@ -58,6 +60,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
         self._init_stds: dict[str, float] = {}  # NaN where an adapter is not calibrated
         self._use = SiteUse()  # not attributes of the module, which are slow to set
         self.observer: Callable[[torch.Tensor], None] | None = None  # is shown the site's inputs by calibration
+        self.known_dims: TokenDims | None = None  # as far as calibration saw them
         self.register_load_state_dict_post_hook(_note_calibration)
 
     def add_adapter(self, adapter_name: str, config: DipConfig, device: torch.device | None) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architecture import is_encoder_decoder
+from .architecture import TEXT_INPUTS, is_encoder_decoder
 from .batches import IGNORE_INDEX
-from .projection import DipProjection, Site
+from .layout import find_token_dims
+from .projection import DipProjection
 
 # Tokens kept per site, over all processes: `_MAX_TOKENS`; fewer if all sites together would exceed `_MAX_VALUES`, but
 # at least `_MIN_TOKENS`. 32 sites of 4,096 channels keep 512 tokens: 134 MB in bfloat16, 268 MB in float32.
@@ -48,12 +49,13 @@ class ScaleMeter:
         self._masks: dict[str, torch.Tensor] = {}
         self._is_encoding = False
         self._source: torch.Tensor | None = None  # the encoder's output, which a decoder reads
+        self._text_shape: torch.Size | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Context in which the sites' inputs are sampled, during the batches that `watch` passes on."""
         for projection, sample in zip(self._projections, self._samples, strict=True):
-            projection.observer = partial(self._observe, projection.site, sample)
+            projection.observer = partial(self._observe, projection, sample)
         encoder = self._model.get_encoder() if is_encoder_decoder(self._model) else nn.Module()
         hooks = [
             encoder.register_forward_pre_hook(self._begin_source),
@@ -71,18 +73,23 @@ class ScaleMeter:
     def watch(self, batches: Iterable) -> Iterator[Any]:
         """Pass the batches on, and note which tokens of each are padding."""
         for batch in batches:
-            self._masks, self._watching = _masks_of(batch), True
+            self._masks, self._text_shape, self._watching = _masks_of(batch), _text_shape_of(batch), True
             yield batch
             self._watching = False
 
-    def _observe(self, site: Site, sample: "TokenSample", x: torch.Tensor) -> None:
+    def _observe(self, projection: DipProjection, sample: "TokenSample", x: torch.Tensor) -> None:
         if not self._watching:
             return
+        site = projection.site
         if x.shape[site.channel_dim] != site.num_channels:
             raise ValueError(
                 f"Site '{site.name}' should have {site.num_channels} channels along dimension {site.channel_dim}, but "
                 f"its input has the shape {tuple(x.shape)}. Choose another module as the site."
             )
+        if self._text_shape is not None:
+            found = find_token_dims(x.movedim(site.channel_dim, -1).shape[:-1], *self._text_shape)
+            if len(found) == 1:
+                projection.known_dims = found[0]
         sample.add(tokens_of(x, site.channel_dim, self._masks_for(x)))
 
     def _begin_source(self, module: nn.Module, args: tuple) -> None:
@@ -186,10 +193,8 @@ def tokens_of(x: torch.Tensor, channel_dim: int, masks: Sequence[torch.Tensor] =
         mask_BL = mask_BL.to(x.device).bool()
         if x.dim() == 2 and len(x) == mask_BL.numel():
             return x[mask_BL.flatten()]
-        for dim in range(x.dim() - 2):
-            for mask in (mask_BL, mask_BL.T):
-                if mask.shape == x.shape[dim : dim + 2]:
-                    return x.movedim((dim, dim + 1), (0, 1))[mask].flatten(0, -2)
+        for dims in find_token_dims(x.shape[:-1], *mask_BL.shape):
+            return x.movedim(dims, (0, 1))[mask_BL].flatten(0, -2)
     return x.flatten(0, -2)
 
 
@@ -234,6 +239,12 @@ def _masks_of(batch: Any) -> dict[str, torch.Tensor]:
     if isinstance(batch.get("labels"), torch.Tensor):
         masks["labels"] = batch["labels"] != IGNORE_INDEX
     return {name: mask for name, mask in masks.items() if isinstance(mask, torch.Tensor) and mask.dim() == 2}
+
+
+def _text_shape_of(batch: Any) -> torch.Size | None:
+    """Rows and length of a batch of text."""
+    texts = [batch.get(name) for name in TEXT_INPUTS] if isinstance(batch, Mapping) else []
+    return next((text.shape[:2] for text in texts if isinstance(text, torch.Tensor)), None)
 
 
 def num_processes() -> int:

@@ -14,6 +14,7 @@ from .architecture import (
     hidden_size,
     input_channels,
     input_embedding,
+    is_behind_padding_mask,
     linears_of,
     mlp_of,
     modules_outside_adapters,
@@ -75,7 +76,8 @@ def _site(model: nn.Module, name: str) -> Site:
             f"'{name}' ({type(module).__name__}) is a container, which takes whatever it holds for a part of the "
             "model, so noise cannot enter it. Name the modules in it, or the one around it."
         )
-    return Site(name, *(input_channels(module) or _hidden_size(model, name)))
+    channels = input_channels(module) or _hidden_size(model, name)
+    return Site(name, *channels, spares_padding=is_behind_padding_mask(model, name))
 
 
 def _select(layers: list[tuple[str, nn.Module]], config: DipConfig) -> list[tuple[str, nn.Module]]:

@@ -2,8 +2,8 @@
 
     python docs/draw_overfitting.py
 
-Reads results of `recipes/finetune.py`, one per seed, and writes `docs/pictures/overfitting.png`. Run it again when they
-change.
+Reads results of `recipes/finetune.py`, one per seed, and writes `docs/pictures/overfitting.png`. Run it again when
+they change.
 """
 
 import json

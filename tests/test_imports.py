@@ -33,7 +33,8 @@ class Row(NamedTuple):
 TABLE = {
     # The maths: testable without PEFT or transformers.
     "noise": Row(others="torch", lazy="kernels"),
-    "draws": Row(ours="noise", others="torch"),
+    "layout": Row(others="torch"),
+    "draws": Row(ours="layout noise", others="torch"),
     "objective": Row(others="torch"),
     "chunked_loss": Row(ours="objective", others="torch"),
     "batches": Row(others="torch"),
@@ -48,15 +49,15 @@ TABLE = {
     # The tuner. Saving a config writes the folder's card, which states the package's version.
     "card": Row(others="huggingface_hub peft safetensors"),
     "config": Row(ours="card", others="peft", lazy="public"),
-    "projection": Row(ours="config contexts draws", others="peft torch"),
+    "projection": Row(ours="config contexts draws layout", others="peft torch"),
     "sites": Row(ours="architecture config projection", others="peft torch"),
-    "scale": Row(ours="architecture batches projection", others="torch"),
+    "scale": Row(ours="architecture batches layout projection", others="torch"),
     "calibration_loss": Row(ours="architecture batches data_loss hidden_states scale", others="accelerate torch"),
     "calibration": Row(ours="calibration_loss config projection scale", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
-    "passes": Row(ours="draws late_expansion noise projection"),
+    "passes": Row(ours="architecture draws late_expansion layout noise projection", others="torch"),
     "ensemble": Row(
-        ours="architecture contexts draws late_expansion noise projection uncertainty",
+        ours="architecture contexts draws late_expansion layout noise projection uncertainty",
         others="peft torch transformers",
     ),
     "model": Row(

@@ -61,6 +61,32 @@ CAUSAL = {
         config={"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     ),
 }
+# Models whose layers see more than rows of tokens; a few tests ask them what is peculiar.
+PECULIAR = {
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3},
+    # Streams stand before the rows.
+    "gemma3n_text": {
+        "head_dim": 8,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        "intermediate_size": [64] * 3,
+    },
+    # The last layers see the last token alone when it is all that is asked for.
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+}
 VISION = {"vit": Architecture(num_linears=6)}
 ARCHITECTURES = CAUSAL | VISION
 
@@ -150,17 +176,15 @@ def _build(name: str, num_layers: int, hidden_size: int) -> PreTrainedModel:
     }
     if name == "vit":
         return ViTForImageClassification(ViTConfig(**common, image_size=8, patch_size=4, num_labels=NUM_CLASSES))
-    config = AutoConfig.for_model(
-        name,
-        **common,
-        vocab_size=VOCAB_SIZE,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **CAUSAL.get(name, Architecture()).config,
-    )
+    fields = common | {
+        "vocab_size": VOCAB_SIZE,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(name, **fields | CAUSAL.get(name, Architecture()).config | PECULIAR.get(name, {}))
     return AutoModelForCausalLM.from_config(config)
 
 
