@@ -99,8 +99,15 @@ class DipModel(BaseTuner):
 
     # ---- injection ----
 
-    def __init__(self, model: nn.Module, *args, **kwargs):
-        super().__init__(model, *args, **kwargs)
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args, **kwargs):
+        if isinstance(peft_config, PeftConfig):  # PEFT's `inject_adapter_in_model`, which makes no `PeftModel`
+            raise ValueError(
+                "A DIPNet adapter cannot be put into a model by transformers' own add_adapter, load_adapter, "
+                "AutoModelForCausalLM.from_pretrained(adapter) or pipeline(model=adapter): its weights would not be "
+                "loaded. Load it with peft's AutoPeftModelForCausalLM.from_pretrained(adapter) or "
+                "PeftModel.from_pretrained(model, adapter), and make a new one with get_dip_model."
+            )
+        super().__init__(model, peft_config, *args, **kwargs)
         # They stay: hooks that come and go with a context would do so within the forward pass of another thread.
         self._hooks = [
             model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import dipnet_hf
 from dipnet_hf import DipConfig, get_dip_model
@@ -173,6 +174,22 @@ def test_adapters_side_by_side(tmp_path):
     assert_same(model, models["second"])
     with pytest.raises(ValueError, match="Adapter first does not exist"):
         model.delete_adapter("first")
+
+
+def test_transformers_own_loading_of_adapters_is_refused_by_name(tmp_path):
+    """It would put freshly initialised weights into the model."""
+    build("llama").save_pretrained(tmp_path / "base")
+    model = trained_model()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    message = r"its weights would not be loaded. Load it with peft's AutoPeftModelForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    base = build("llama")
+    for put in (lambda: base.load_adapter(str(tmp_path / "adapter")), lambda: base.add_adapter(DipConfig())):
+        with pytest.raises(ValueError, match=message):
+            put()
+    assert_no_trace(base)
 
 
 def test_an_adapter_added_beside_another_starts_as_the_base_model():
