@@ -5,6 +5,8 @@ stability term.
 """
 
 import itertools
+import operator
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,19 +78,33 @@ class DipTrainerMixin(_Base):
     def create_optimizer(self, *args, **kwargs):
         """As the base trainer's, with the log-variances in a group of their own, without weight decay.
 
-        What the channels of a site have in common counts more in a step than in the gradient, see `share_level`.
+        What the channels of a site have in common counts more in a step than in the gradient, see `share_level`. An
+        optimizer that was given is left as it is, and a warning says so where the log-variances would not learn, or
+        would decay.
+
+        Raises:
+            ValueError: the optimizer does not take the parameters; its reason, and what may be meant.
         """
+        logvars = [logvar for logvar in self._tuner().logvars() if logvar.requires_grad]
         if self.optimizer is not None:
+            _warn_of_given_groups(self.optimizer.param_groups, logvars)
             return super().create_optimizer(*args, **kwargs)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        tuner = self._tuner()
-        logvars = [logvar for logvar in tuner.logvars() if logvar.requires_grad]
-        ids = {id(logvar) for logvar in logvars}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-        optimizer.add_param_group(
-            {"params": logvars, "weight_decay": 0.0, "lr": tuner.active_dip_config.logvar_learning_rate}
-        )
+        try:
+            super().create_optimizer(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"The optimizer could not be made: {error} The log-variances of the noise are vectors, which an "
+                "optimizer of matrices, such as Muon, does not take. Use one that does, such as AdamW."
+            ) from error
+        optimizer: Any = self.optimizer  # what an override returns may be nothing
+        own = {"weight_decay": 0.0, "lr": self._tuner().active_dip_config.logvar_learning_rate}
+        groups = [part | own for group in optimizer.param_groups if (part := _take_out(group, logvars))["params"]]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]] + groups
+        held = {id(logvar) for group in groups for logvar in group["params"]}
+        if left_out := [logvar for logvar in logvars if id(logvar) not in held]:
+            is_named = any("param_names" in group for group in optimizer.param_groups)
+            names = [(f"dip_logvar.{i}", logvar) for i, logvar in enumerate(left_out)]
+            optimizer.add_param_group({"params": names if is_named else left_out} | own)
         optimizer.register_step_pre_hook(lambda *_: share_level(logvars))
         return optimizer
 
@@ -202,6 +218,33 @@ class DipTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             self._tuner().active_dip_config.update_model_card(str(self.args.output_dir))
+
+
+# Lists in an optimizer's group with an entry per parameter: of PyTorch for named parameters, and of PEFT's LoRA-FA.
+_BESIDE_PARAMS = ("param_names", "names", "scaling_factors")
+
+
+def _take_out(group: dict[str, Any], logvars: list[torch.nn.Parameter]) -> dict[str, Any]:
+    """Take the log-variances out of an optimizer's group, and return one like it that holds them alone."""
+    ids = {id(logvar) for logvar in logvars}
+    is_logvar = [id(parameter) in ids for parameter in group["params"]]
+    part = dict(group)
+    for name in {"params", *_BESIDE_PARAMS} & set(group):
+        part[name] = list(itertools.compress(group[name], is_logvar))
+        group[name] = list(itertools.compress(group[name], map(operator.not_, is_logvar)))
+    return part
+
+
+def _warn_of_given_groups(groups: list[dict[str, Any]], logvars: list[torch.nn.Parameter]) -> None:
+    decays = {id(parameter): group.get("weight_decay", 0.0) for group in groups for parameter in group["params"]}
+    advice = (
+        "Give them a group of their own: {'params': model.logvars(), 'weight_decay': 0.0, 'lr': "
+        "config.logvar_learning_rate}, or let the trainer make the optimizer."
+    )
+    if any(id(logvar) not in decays for logvar in logvars):
+        warnings.warn(f"The optimizer that was given does not train the log-variances. {advice}", stacklevel=3)
+    elif any(decays[id(logvar)] for logvar in logvars):
+        warnings.warn(f"The optimizer that was given decays the log-variances. {advice}", stacklevel=3)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """The objective inside transformers' Trainer: accumulation, optimizer groups, logs, calibration, resuming."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from dipnet_hf import DipTrainer, DipTrainerMixin, dip_loss
@@ -151,7 +153,7 @@ def test_an_optimizer_of_ones_own_is_left_as_it_is(rows, tmp_path):
         def on_pre_optimizer_step(self, *args, **kwargs):
             gradients.extend(parameter.grad.clone() for parameter in model.parameters())
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)  # it decays nothing, so nothing is warned of
     trainer_class = partial(DipTrainer, optimizers=(optimizer, None))
     trainer = make_trainer(model, rows, tmp_path, trainer_class, max_steps=1, lr_scheduler_type="constant")
     trainer.add_callback(Spy())
@@ -160,6 +162,75 @@ def test_an_optimizer_of_ones_own_is_left_as_it_is(rows, tmp_path):
     assert group["lr"] == 0.5 and len(group["params"]) == len(before)
     for parameter, start, gradient in zip(model.parameters(), before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), start - 0.5 * gradient)  # no level is shared
+
+
+@pytest.mark.parametrize(
+    ("is_given", "message"),
+    [
+        (lambda name: True, "decays the log-variances. Give them a group of their own: {'params': model.logvars()"),
+        (lambda name: "dip_logvar" not in name, "does not train the log-variances. Give them a group"),
+    ],
+    ids=["decayed", "left out"],
+)
+def test_an_optimizer_of_ones_own_that_mistreats_the_noise_is_warned_of(is_given, message, rows, tmp_path):
+    model = dip_model(noise_scale="absolute")
+    optimizer = torch.optim.AdamW(p for name, p in model.named_parameters() if is_given(name))
+    trainer = make_trainer(model, rows, tmp_path, partial(DipTrainer, optimizers=(optimizer, None)), max_steps=1)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        trainer.train()
+
+
+class LoraFa(Trainer):
+    def create_optimizer(self, *args, **kwargs):
+        self.optimizer = create_lorafa_optimizer(model=self.model, r=4, lora_alpha=8, lr=1e-2)
+        return self.optimizer
+
+
+class NamedParameters(Trainer):
+    """Its override returns nothing, which the trainer does not ask for either."""
+
+    def create_optimizer(self, *args, **kwargs):
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(named, lr=1e-2, weight_decay=0.1)
+
+
+class NamedWeights(NamedParameters):
+    def create_optimizer(self, *args, **kwargs):
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if "lora" in name]
+        self.optimizer = torch.optim.AdamW(named, lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("base_class", [LoraFa, NamedParameters, NamedWeights, Trainer])
+def test_the_weights_learn_as_without_noise_in_any_optimizer(base_class, rows, tmp_path):
+    """Noise that is off leaves the weights to the optimizer, and every list of a group in step."""
+
+    def trained(model, trainer_class):
+        trainer = make_trainer(model, rows, tmp_path, trainer_class)
+        trainer.train()
+        weights = {n: p.detach() for n, p in model.named_parameters() if "lora" in n}
+        return weights, trainer.optimizer.param_groups
+
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    torch.manual_seed(0)
+    stock, _ = trained(get_peft_model(build("llama"), LoraConfig(**lora)), base_class)
+    off = {"noise_scale": "absolute", "init_noise_std": 0.0, "prior_weight": 0.0}
+    model = dip_model(weights=LoraConfig(**lora), **off)
+    weights, groups = trained(model, type("Mixed", (DipTrainerMixin, base_class), {}))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, stock[name], atol=1e-6, rtol=1e-5)
+    assert all(group["params"] for group in groups)
+    own = groups[-1]
+    assert {id(p) for p in own["params"]} == {id(p) for p in model.logvars()} and own["weight_decay"] == 0.0
+    for group in groups:
+        for beside in {"param_names", "names", "scaling_factors"} & set(group):
+            assert len(group[beside]) == len(group["params"])
+
+
+def test_an_optimizer_of_matrices_alone_is_refused(rows, tmp_path):
+    muon = partial(DipTrainer, optimizer_cls_and_kwargs=(torch.optim.Muon, {"lr": 1e-3}))
+    model = dip_model(noise_scale="absolute", weights=LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="could not be made.*log-variances of the noise are vectors.*such as AdamW"):
+        make_trainer(model, rows, tmp_path, muon).train()
 
 
 def test_calibrates_from_its_own_data_and_leaves_the_random_state(rows, tmp_path):
