@@ -95,8 +95,16 @@ def hidden_size(model: Any) -> int | None:
 
 
 def context_length(model: Any) -> int | None:
-    """The most tokens that a sequence may have, None where there is no limit."""
+    """The most tokens that a sequence may have, None where there is no limit.
+
+    Rotary positions that are scaled reach further than the config's `max_position_embeddings`; how far, each kind of
+    scaling says in a way of its own.
+    """
     config = text_config(model) if isinstance(model, PreTrainedModel) else None
+    if "rope_type" in (rope := getattr(config, "rope_parameters", None) or {}):
+        rope = {"all layers": rope}  # not one for each kind of layer, as Gemma 3 has it
+    if any((kind or {}).get("rope_type", "default") != "default" for kind in rope.values()):
+        return None
     return getattr(config, "max_position_embeddings", None)
 
 

@@ -11,6 +11,7 @@ Shape legend: S samples, B batch, L sequence, V vocabulary. Row s * B + b is sam
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,9 +96,9 @@ class Ensemble:
         combine: Callable[[torch.Tensor], torch.Tensor],
         seed: int,
     ) -> None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        if not is_integer(num_samples) or num_samples < 1:
             raise ValueError(f"num_samples must be an integer of at least 1, got {num_samples!r}.")
-        if not isinstance(seed, int):
+        if not is_integer(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}.")
         if not projections:
             raise ValueError(
@@ -112,11 +113,12 @@ class Ensemble:
         self.model: Any = model
         self.projections = projections
         self.shifts_labels = shifts_labels(model)
-        self.num_samples = num_samples
+        self.num_samples = int(num_samples)
+        self.seed = int(seed)
         self.combine = combine
         names = [projection.site.name for projection in projections]
-        self.expansion = LateExpansion(model, layers_from(model, names), num_samples)
-        self._noises = position_noises(seed, len(projections), num_samples)
+        self.expansion = LateExpansion(model, layers_from(model, names), self.num_samples)
+        self._noises = position_noises(self.seed, len(projections), self.num_samples)
         self._parameters = list(inspect.signature(self.model.forward).parameters)
         self._now = EnsemblePass()
 
@@ -147,6 +149,7 @@ class Ensemble:
         check_prompt(main)
         self._check_inputs(inputs, main)
         self._now.labels = self._pop_labels(inputs)
+        self._mark(inputs.get("past_key_values"))
         layout, positions = Layout(self.num_samples * main.shape[0]), None
         if name in TEXT_INPUTS:
             positions_BL = self._positions(inputs, main).cpu()
@@ -186,6 +189,7 @@ class Ensemble:
         rows = self.num_samples * self._now.num_rows
         self.stop()
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
+        self._mark(getattr(output, "past_key_values", None))
         if logits is None:
             raise ValueError(f"An ensemble averages logits, and {type(self.model).__name__} returns none.")
         if logits.shape[0] != rows:
@@ -200,6 +204,11 @@ class Ensemble:
             output.logits = logits
             return output
         return type(output)(**{**output, "logits": logits, "loss": loss})
+
+    def _mark(self, cache: Any) -> None:
+        """Note on a cache which samples fill it; a copy of it keeps that."""
+        if cache is not None and not isinstance(cache, tuple):
+            cache.dip_samples = (self.seed, self.num_samples)
 
     def stop(self) -> None:
         """End this thread's forward pass: no part of the model that is called by itself may draw from it."""
@@ -243,11 +252,19 @@ class Ensemble:
         if isinstance(cache, StaticCache):
             raise ValueError("A static cache is not supported in an ensemble: use DynamicCache().")
         keys = getattr(next(iter(reversed(getattr(cache, "layers", []))), None), "keys", None)
+        if keys is None or not keys.numel():
+            return
         rows = self.num_samples * main.shape[0]
-        if keys is not None and keys.numel() and keys.shape[0] != rows:
+        if keys.shape[0] != rows:
             raise ValueError(
                 f"past_key_values holds {keys.shape[0]} rows, and {self.num_samples} samples of {main.shape[0]} "
                 f"prompts need {rows}: a cache must be filled within the same ensemble."
+            )
+        if (filled := getattr(cache, "dip_samples", None)) != (self.seed, self.num_samples):
+            how = "without an ensemble" if filled is None else f"with seed={filled[0]}, num_samples={filled[1]}"
+            raise ValueError(
+                f"past_key_values was filled {how}, and this ensemble has seed={self.seed}, "
+                f"num_samples={self.num_samples}: a cache must be filled within the same ensemble."
             )
 
     def _check_positions(self, positions_BL: torch.Tensor, padded: bool) -> None:
@@ -273,6 +290,11 @@ class Ensemble:
             raise ValueError(
                 f"An ensemble supports the caches {_CACHES}, got cache_implementation={config.cache_implementation!r}."
             )
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, one of numpy's too; a truth value is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_prompt(prompt: torch.Tensor | None) -> None:

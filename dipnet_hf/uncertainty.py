@@ -16,7 +16,8 @@ import torch
 
 Values = Sequence[float] | np.ndarray | torch.Tensor
 
-LOG_PROB_TOLERANCE = 1e-5  # rounding may lift a float32 log-probability, `logits - logsumexp`, this far above 0
+# Rounding may lift a float32 log-probability, `logits - logsumexp`, this far above 0, and a probability above 1.
+LOG_PROB_TOLERANCE = 1e-5
 
 
 def reliability_bins(
@@ -230,6 +231,7 @@ def _as_array(values) -> np.ndarray:
 def _check(confidence: Values, correct: Values) -> tuple[np.ndarray, np.ndarray]:
     """Turn both into float64 arrays, or say which entry is wrong."""
     confidence, correct = _as_array(confidence), _as_array(correct)
+    confidence = np.where((confidence > 1) & (confidence <= 1 + LOG_PROB_TOLERANCE), 1.0, confidence)
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
         raise ValueError(
             "confidence and correct must have one dimension and the same length, one entry per answer and at "

@@ -1,14 +1,23 @@
 """The ensemble against a slow reference, and what must not matter to it: cache, batch, padding, the other samples."""
 
 import contextlib
+import copy
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextStreamer,
+)
 
 from dipnet_hf import DipConfig, get_dip_model, noise, predict
 from dipnet_hf.architecture import decoder_layers
@@ -450,6 +459,32 @@ def test_one_sample_knows_no_disagreement(batch):
 # ---- bad input ----
 
 
+def test_integers_of_numpy_are_integers():
+    model, input_ids = model_and_prompts()
+    with model.ensemble(3, seed=4):
+        expected = model(input_ids=input_ids).logits
+    with model.ensemble(np.int64(3), seed=np.int32(4)):
+        assert torch.equal(model(input_ids=input_ids).logits, expected)
+
+
+def test_a_cache_that_other_samples_filled_is_refused():
+    model, input_ids = model_and_prompts()
+    with torch.no_grad():
+        with model.ensemble(2, seed=1):
+            filled = model(input_ids=input_ids, use_cache=True)
+            given = model(input_ids=input_ids, past_key_values=DynamicCache()).past_key_values
+        plain = model(input_ids=input_ids, use_cache=True).past_key_values
+        step = {"input_ids": input_ids[:, :1]}
+        with model.ensemble(2, seed=1):  # the same samples
+            again = model(**step, past_key_values=copy.deepcopy(filled.past_key_values)).logits
+            assert torch.equal(model(**step, past_key_values=given).logits, again)
+        message = "filled with seed=1, num_samples=2, and this ensemble has seed=0, num_samples=2"
+        with model.ensemble(2), pytest.raises(ValueError, match=message):
+            model(**step, past_key_values=filled.past_key_values)
+        with model.ensemble(1), pytest.raises(ValueError, match="filled without an ensemble"):
+            model(**step, past_key_values=plain)
+
+
 @pytest.mark.parametrize("num_samples", [0, -1, 1.5, True, "8", None])
 def test_the_number_of_samples_is_checked(num_samples):
     model, _ = model_and_prompts()
@@ -486,6 +521,21 @@ def test_what_has_no_ensemble_is_refused():
     uncalibrated = get_dip_model(build("llama"), DipConfig(weights="frozen"))
     with uncalibrated.ensemble(2), pytest.raises(ValueError, match="never calibrated"):
         uncalibrated(input_ids=input_ids)
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "linear", "dynamic"])
+def test_scaled_rotary_positions_reach_past_the_configs_limit(rope_type):
+    rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    config = build("llama").config
+    config.rope_parameters = rope
+    base = AutoModelForCausalLM.from_config(config).eval()
+    input_ids = torch.randint(3, VOCAB_SIZE, (1, 100), generator=torch.Generator().manual_seed(0))
+    expected = base.generate(input_ids=input_ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    model = dip_model(base, noise_scale="absolute", init_noise_std=1e-6).eval()
+    with model.ensemble(2):
+        assert torch.equal(
+            model.generate(input_ids=input_ids, max_new_tokens=3, min_new_tokens=3, do_sample=False), expected
+        )
 
 
 @pytest.mark.parametrize(

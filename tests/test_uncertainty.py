@@ -259,6 +259,17 @@ def test_bad_bins_are_refused():
         expected_calibration_error([0.5], [1], 5, "equal")
 
 
+@pytest.mark.parametrize("num_samples", range(1, 17))
+def test_the_confidence_of_sure_samples_is_taken_for_1(num_samples):
+    """Rounding lifts the float32 mean of some of them above 1."""
+    log_probs = torch.log_softmax(torch.tensor([[[20.0, 0.0, -3.0]]]), -1).repeat(num_samples, 1, 1)
+    confidence = predictive_entropies(log_probs).log_probs.exp().max(-1).values
+    assert expected_calibration_error(confidence, [1]) < 1e-6
+    assert expected_calibration_error([1 + 1e-7], [1]) == 0
+    with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\], got 1.0001"):
+        expected_calibration_error([1.0001], [1])
+
+
 # ---- one answer's confidence ----
 
 
