@@ -128,27 +128,37 @@ def input_embedding(model: Any) -> Any:
 def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     """Find the stack of layers of a transformer: the outermost `ModuleList` of `num_hidden_layers` entries.
 
+    In a composite model it is the one of the text model: of the module whose config is the text's.
+
     Returns:
         `list[tuple[str, nn.Module]]`: the layers with their names in `model`.
 
     Raises:
-        ValueError: there is no such stack.
+        ValueError: there is no such stack, or there are several and none is known to be the text's.
     """
     config = text_config(model)
     num_layers = getattr(config, "num_hidden_layers", None)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    roots = [decoder for decoder in [_innermost_decoder(model), model] if decoder is not None]
     if getattr(config, "is_encoder_decoder", False):
         num_layers = getattr(config, "num_decoder_layers", num_layers)
-        roots = [decoder]
-    else:
-        roots = [decoder, model]
-    for root in (root for root in roots if root is not None):
+        roots = roots[:1]
+    for root in roots:
         lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
-        for name, module in lists:
-            inside_another = any(name.startswith(f"{outer}.") for outer, _ in lists)
-            if len(module) == num_layers and not inside_another:
-                stack = name_of(model, module)
-                return [(f"{stack}.{i}", layer) for i, layer in enumerate(module)]
+        stacks = [
+            (name, module)
+            for name, module in lists
+            if len(module) == num_layers and not any(name.startswith(f"{outer}.") for outer, _ in lists)
+        ]
+        own = [(name, module) for name, module in stacks if isinstance(_config_around(root, name), type(config))]
+        if not own and len(stacks) > 1:
+            raise ValueError(
+                f"{type(model).__name__} has several stacks of {num_layers} layers, {[name for name, _ in stacks]}. "
+                f"{NAME_MODULES}"
+            )
+        if stacks:
+            module = (own or stacks)[0][1]
+            stack = name_of(model, module)
+            return [(f"{stack}.{i}", layer) for i, layer in enumerate(module)]
     raise ValueError(f"No stack of {num_layers} layers was found in {type(model).__name__}. {NAME_MODULES}")
 
 
@@ -158,6 +168,19 @@ def layers_if_any(model: Any) -> list[nn.Module]:
         return [layer for _, layer in decoder_layers(model)]
     except ValueError:
         return []
+
+
+def _innermost_decoder(model: Any) -> Any:
+    """What `get_decoder` gives, asked again of what it gives: the decoder of a language model may have an encoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if decoder is None or decoder is model else _innermost_decoder(decoder) or decoder
+
+
+def _config_around(root: nn.Module, name: str) -> Any:
+    """The config of the module closest around the one called `name` that has one."""
+    parts = name.split(".")[:-1]
+    modules = [root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1)]
+    return next((module.config for module in modules if getattr(module, "config", None) is not None), None)
 
 
 def attention_of(layer: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration, GitConfig, GitForCausalLM
 
 from dipnet_hf.architecture import decoder_layers, plain_head
 from tests.tiny_models import NUM_LAYERS, build
@@ -30,6 +31,55 @@ def test_a_list_within_another_is_no_stack_of_layers():
     assert decoder_layers(outer) == [(f"experts.{i}", block) for i, block in enumerate(outer.experts)]
     with pytest.raises(ValueError, match=f"No stack of {NUM_LAYERS} layers was found in Nested.*target_modules"):
         decoder_layers(Nested(num_blocks=2, has_layers=False))
+
+
+def git():
+    """Text layers behind a vision encoder of as many."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 2}
+    return GitForCausalLM(GitConfig(**size, vocab_size=20, vision_config=size | {"image_size": 8, "patch_size": 4}))
+
+
+def bart():
+    size = {"vocab_size": 20, "d_model": 16, "encoder_layers": 2, "decoder_layers": NUM_LAYERS}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    return BartForConditionalGeneration(BartConfig(**size, **heads))
+
+
+class AroundAnEncoderDecoder(nn.Module):
+    """Its decoder is a whole encoder-decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_model = bart().model
+        self.config = self.language_model.config
+
+    def get_decoder(self):
+        return self.language_model
+
+
+@pytest.mark.parametrize(
+    ("make", "stack"),
+    [
+        (git, "git.encoder.layer"),
+        (bart, "model.decoder.layers"),
+        (AroundAnEncoderDecoder, "language_model.decoder.layers"),
+    ],
+)
+def test_the_layers_of_a_composite_model_are_those_of_its_text(make, stack):
+    assert [name for name, _ in decoder_layers(make())] == [f"{stack}.{i}" for i in range(NUM_LAYERS)]
+
+
+def test_several_stacks_that_may_be_the_texts_are_refused():
+    model = Nested(num_blocks=0, has_layers=True)
+    model.others = nn.ModuleList(nn.Linear(2, 2) for _ in range(NUM_LAYERS))
+    assert decoder_layers(model)[0][0] == "layers.0"  # both are of the model whose config it is
+    model.config = SimpleNamespace(get_text_config=lambda decoder: TextConfig())
+    with pytest.raises(ValueError, match=r"several stacks of 3 layers, \['layers', 'others'\].*target_modules"):
+        decoder_layers(model)
+
+
+class TextConfig(SimpleNamespace):
+    num_hidden_layers = NUM_LAYERS
 
 
 @pytest.mark.parametrize("change", ["meta", "hook", "class", "shape"])
