@@ -58,6 +58,8 @@ _KNOWN_LAYER_INPUTS = {
 }
 # Models that give their layers' output the shape of the inputs' rows.
 _FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
+# Modules whose output is a choice, through which no gradient passes.
+_CHOOSER = re.compile(r"Indexer|PhimoeTopKRouter")
 # Factors of the logits by the names that configs give them, and whether they multiply or divide.
 _LOGIT_FACTORS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 # transformers' losses whose labels can be the classes of the model's outputs, one per output.
@@ -204,12 +206,21 @@ def mlp_of(layer: nn.Module) -> str | None:
 
 
 def linears_of(layer: nn.Module) -> list[str]:
-    """The names of a layer's linear layers."""
+    """The names of a layer's linear layers whose inputs can learn: those that run and pass gradients on."""
     return [
         name
         for name, module in modules_outside_adapters(layer)
-        if isinstance(_base_layer(module), (nn.Linear, Conv1D))
+        if isinstance(_base_layer(module), (nn.Linear, Conv1D)) and not _learns_nothing(layer, name)
     ]
+
+
+def _learns_nothing(layer: nn.Module, name: str) -> bool:
+    """Whether a linear layer only chooses tokens or experts, or is never called: a selective scan takes its weight."""
+    parts = name.split(".")
+    holders = [layer.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    if any(_CHOOSER.search(type(holder).__name__) for holder in holders):
+        return True
+    return parts[-1] == "dt_proj" and hasattr(layer.get_submodule(".".join(parts[:-1])), "A_log")
 
 
 def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -369,12 +380,15 @@ def probe(model: Any, head: nn.Linear | None) -> ModelProbe:
     finally:
         if hook is not None:
             hook.remove()
-    logits, loss = outputs.logits, own_loss(model, outputs)
-    plain_loss = F.cross_entropy(logits[0, :-1].float(), labels[1:].to(logits.device))
-    tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    logits, loss = (
+        outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32)),
+        own_loss(model, outputs),
+    )
+    plain_loss = F.cross_entropy(logits[0, :-1], labels[1:].to(logits.device))
+    tolerance = 1e-4 if outputs.logits.dtype in (torch.float32, torch.float64) else 1e-2
     return ModelProbe(
         has_run=True,
-        logits_are_plain=ours is not None and _are_close(ours.to(logits.device), logits.float(), tolerance),
+        logits_are_plain=ours is not None and _are_close(ours.to(logits), logits, tolerance),
         loss_is_plain=loss is not None and _are_close(loss.to(plain_loss), plain_loss, 1e-5),
     )
 

@@ -157,16 +157,25 @@ class DipProjection(nn.Module, BaseTunerLayer):
             from_host (`bool`): the hook on the site's module calls, not a module that runs whatever it holds.
 
         Raises:
-            ValueError: noise is on but calibration has not found it yet; or another than the hook calls.
+            ValueError: noise is on but calibration has not found it yet; the input is not as wide as the site; or
+                another than the hook calls.
         """
         if not from_host:
             raise ValueError(
                 f"'{self.site.name}' runs all modules that it holds, and the projection is one of them, so noise "
                 "cannot enter it. Name the first module in it as the site instead."
             )
+        draw = self._current_draw()
+        if draw is None and self.observer is None:
+            return x
+        if x.shape[self.site.channel_dim] != self.site.num_channels:
+            raise ValueError(
+                f"Site '{self.site.name}' should have {self.site.num_channels} channels along dimension "
+                f"{self.site.channel_dim}, and its input has the shape {tuple(x.shape)}. Name the first linear, "
+                "convolution or normalization layer within it as the site instead, with target_modules."
+            )
         if self.observer is not None:
             self.observer(x)
-        draw = self._current_draw()
         if draw is None:
             return x
         adapter = str(self.adapter)

@@ -81,11 +81,6 @@ class ScaleMeter:
         if not self._watching:
             return
         site = projection.site
-        if x.shape[site.channel_dim] != site.num_channels:
-            raise ValueError(
-                f"Site '{site.name}' should have {site.num_channels} channels along dimension {site.channel_dim}, but "
-                f"its input has the shape {tuple(x.shape)}. Choose another module as the site."
-            )
         if self._text_shape is not None:
             found = find_token_dims(x.movedim(site.channel_dim, -1).shape[:-1], *self._text_shape)
             if len(found) == 1:
@@ -115,11 +110,18 @@ class ScaleMeter:
         Raises:
             ValueError: a site never ran, its input is not finite, or all its channels are constant.
         """
-        scales, fewest = [], _FEW_TOKENS
+        scales, unused, fewest = [], [], _FEW_TOKENS
         for projection, sample in zip(self._projections, self._samples, strict=True):
             name, device = projection.site.name, projection.scale.device
             tokens_ND = sample.gather(projection.site.num_channels, device)
-            _check_tokens(name, tokens_ND)
+            if not len(tokens_ND):
+                unused.append(name)
+                continue
+            if not torch.isfinite(tokens_ND).all():
+                raise ValueError(
+                    f"The input of site '{name}' is not finite in the calibration. Check the batches, and the model's "
+                    "output on them, for NaN and infinity; float16 overflows where bfloat16 does not."
+                )
             scale_D = channel_scale(tokens_ND)
             if not (scale_D > 0).all():
                 raise ValueError(
@@ -128,6 +130,12 @@ class ScaleMeter:
                 )
             scales.append(scale_D)
             fewest = min(fewest, len(tokens_ND))
+        if unused:
+            raise ValueError(
+                f"{len(unused)} of {len(self._projections)} sites never ran in the calibration: {unused[:5]}. Give "
+                "batches that reach them (an expert of a mixture may need more), or, where the model never calls "
+                "them, name the sites without them with target_modules."
+            )
         if fewest < _FEW_TOKENS:
             warnings.warn(
                 f"A site was calibrated on only {fewest} tokens (without padding), so its scale is off by more than a "
@@ -216,19 +224,6 @@ def channel_scale(tokens_ND: torch.Tensor) -> torch.Tensor:
 def _quantile(values_ND: torch.Tensor, part: float) -> torch.Tensor:
     """The lower quantile over the tokens, by sorting: CUDA's `median` and `kthvalue` are not deterministic."""
     return values_ND.sort(dim=0).values[math.ceil(part * len(values_ND)) - 1]
-
-
-def _check_tokens(name: str, tokens_ND: torch.Tensor) -> None:
-    if not len(tokens_ND):
-        raise ValueError(
-            f"Site '{name}' never ran in the calibration. Give at least one batch that reaches it (an expert of a "
-            "mixture may need more), or leave it out of the sites."
-        )
-    if not torch.isfinite(tokens_ND).all():
-        raise ValueError(
-            f"The input of site '{name}' is not finite in the calibration. Check the batches, and the model's output "
-            "on them, for NaN and infinity; float16 overflows where bfloat16 does not."
-        )
 
 
 def _masks_of(batch: Any) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, GitConfig, GitForCausalLM
 
-from dipnet_hf.architecture import decoder_layers, plain_head
+from dipnet_hf.architecture import decoder_layers, linears_of, plain_head
 from tests.tiny_models import NUM_LAYERS, build
 
 
@@ -80,6 +80,21 @@ def test_several_stacks_that_may_be_the_texts_are_refused():
 
 class TextConfig(SimpleNamespace):
     num_hidden_layers = NUM_LAYERS
+
+
+def test_linears_that_learn_nothing_are_no_sites():
+    class KeyIndexer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wq = nn.Linear(2, 2)
+
+    mixer = nn.Module()
+    mixer.A_log = nn.Parameter(torch.zeros(2))
+    layer = nn.ModuleDict({"mixer": mixer, "indexer": KeyIndexer(), "attention": nn.ModuleDict()})
+    for name in ("in_proj", "dt_proj"):
+        mixer.add_module(name, nn.Linear(2, 2))
+        layer["attention"][name] = nn.Linear(2, 2)
+    assert linears_of(layer) == ["mixer.in_proj", "attention.in_proj", "attention.dt_proj"]
 
 
 @pytest.mark.parametrize("change", ["meta", "hook", "class", "shape"])

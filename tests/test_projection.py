@@ -39,3 +39,16 @@ def test_bfloat16_follows_float32(batch):
             assert actual.dtype == torch.float32
         error = (actual.float() - expected).norm() / expected.norm()
         assert error < 0.1, (name, error)
+
+
+def test_float64_follows_float32(batch):
+    losses, grads = [], []
+    for dtype in (torch.float32, torch.float64):
+        model = dip_model(build("llama").to(dtype), [batch], num_samples=2).train()
+        with model.sampling(seed=0):
+            losses.append(dip_loss(model, batch).loss)
+        grads.append(gradients(model, losses[-1]))
+    torch.testing.assert_close(losses[0].double(), losses[1].double(), atol=1e-5, rtol=1e-5)
+    for name, expected in grads[1].items():
+        assert expected.dtype == (torch.float32 if "dip_logvar" in name else torch.float64)
+        torch.testing.assert_close(grads[0][name], expected.float(), atol=1e-5, rtol=1e-4)

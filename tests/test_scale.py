@@ -190,16 +190,24 @@ def test_an_input_that_is_not_finite_is_named(value):
     assert model.needs_calibration
 
 
-def test_an_input_of_another_width_is_named():
+@pytest.mark.parametrize("noise_scale", ["relative", "absolute"])
+def test_an_input_of_another_width_is_named(noise_scale):
     model = build_with_outliers()
     model.model.layers[1].mlp = torch.nn.Sequential(
         torch.nn.Linear(32, 48), torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(48, 32))
     )
-    config = DipConfig(weights="frozen", target_modules=r".*mlp\.1$", granularity="layer", init_noise_std=0.1)
+    config = DipConfig(
+        weights="frozen",
+        target_modules=r".*mlp\.1$",
+        granularity="layer",
+        noise_scale=noise_scale,
+        init_noise_std=0.1,
+    )
+    calibration = [make_outlier_batch()] if noise_scale == "relative" else None
     with pytest.raises(
         ValueError, match=r"'model\.layers\.1\.mlp\.1\.0' should have 32 channels along dimension -1.*48\)"
     ):
-        get_dip_model(model, config, calibration=[make_outlier_batch()])
+        get_dip_model(model, config, calibration).train()(**make_outlier_batch())
 
 
 def test_a_site_whose_channels_are_all_constant_is_named():
@@ -213,7 +221,7 @@ def test_a_site_that_never_ran_is_named():
     model = build_with_outliers()
     model.model.unused = torch.nn.Linear(32, 32)
     config = DipConfig(weights="frozen", target_modules=["unused", "q_proj"], init_noise_std=0.1)
-    with pytest.raises(ValueError, match=r"Site 'model\.unused' never ran in the calibration"):
+    with pytest.raises(ValueError, match=r"1 of 4 sites never ran .*: \['model\.unused'\].*target_modules"):
         get_dip_model(model, config, calibration=[make_outlier_batch()])
 
 
