@@ -7,9 +7,11 @@ stability term.
 import itertools
 import operator
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from .architecture import adds_router_loss, shifts_labels
@@ -48,6 +50,7 @@ class DipTrainerMixin(_Base):
             )
         self._term_sums: torch.Tensor | None = None  # since the last log
         self._first_step_of_sums = 0
+        self._run_of_sums: Any = None  # the state of the run that they belong to
 
     def _tuner(self) -> DipModel:
         tuner = getattr(self.model, "base_model", None)
@@ -68,6 +71,9 @@ class DipTrainerMixin(_Base):
             self.accelerator.autocast(),
             torch.random.fork_rng(devices=[]),
         ):  # the training run draws what it would have drawn without this
+            # A worker process reads a copy.
+            if self.args.dataloader_num_workers == 0 and _may_be_read_once(self.train_dataset):
+                self.train_dataset = _Replayed(self.train_dataset)
             loader = self.get_train_dataloader()
             self._tuner().calibrate(itertools.islice(loader, _NUM_CALIBRATION_BATCHES))
         # A loader that was left before its end still counts as being read.
@@ -196,8 +202,10 @@ class DipTrainerMixin(_Base):
     def _record(self, terms: torch.Tensor, num_items_in_batch) -> None:
         if not self._losses_are_added(num_items_in_batch):
             terms = terms / self.current_gradient_accumulation_steps
-        if self._term_sums is None:
+        # A second `train()`, or a restart with smaller batches, begins anew within steps that were not logged.
+        if self._term_sums is None or self._run_of_sums is not self.state:
             self._term_sums, self._first_step_of_sums = torch.zeros_like(terms), self.state.global_step
+            self._run_of_sums = self.state
         self._term_sums += terms
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -218,6 +226,45 @@ class DipTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             self._tuner().active_dip_config.update_model_card(str(self.args.output_dir))
+
+
+def _may_be_read_once(dataset: Any) -> bool:
+    """Whether a dataset is a stream that may not begin anew; those of `datasets` do."""
+    return isinstance(dataset, IterableDataset) and type(dataset).__module__.partition(".")[0] != "datasets"
+
+
+class _Replayed(IterableDataset):
+    """A stream whose second reading begins with what the first has read, and goes on where that ended.
+
+    Args:
+        stream (`IterableDataset`): read by calibration, by the first epoch, and then as it is.
+    """
+
+    def __init__(self, stream: IterableDataset) -> None:
+        self._stream = stream
+        self._num_readings = 0
+        self._rows: Iterator = iter(())
+        self._read: list = []
+
+    def __iter__(self) -> Iterator:
+        self._num_readings += 1
+        if self._num_readings == 1:
+            self._rows = iter(self._stream)
+            for row in self._rows:
+                self._read.append(row)
+                yield row
+        elif self._num_readings == 2:
+            yield from self._read
+            self._read = []
+            yield from self._rows
+        else:
+            yield from self._stream
+
+    def __len__(self) -> int:
+        return len(self._stream)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__.get("_stream"), name)
 
 
 # Lists in an optimizer's group with an entry per parameter: of PyTorch for named parameters, and of PEFT's LoRA-FA.

@@ -277,6 +277,62 @@ def test_the_loader_that_calibration_leaves_early_does_not_count_as_being_read(r
     assert being_read and not any(loader is calibration_loader for loader in being_read)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows that are read once, or from the start in every epoch."""
+
+    def __init__(self, rows, once):
+        self.rows = iter(rows) if once else list(rows)
+
+    def __iter__(self):
+        yield from self.rows
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_calibration_takes_nothing_away_from_a_stream(once, rows, tmp_path):
+    """Whatever the calibrated model is trained on, in order, the trainer that calibrates first is too."""
+    runs = []
+    for calibrated in (True, False):
+        seen = []
+
+        class Recorded(DipTrainer):
+            def training_step(self, model, inputs, *args, seen=seen, **kwargs):
+                seen.append(inputs["input_ids"].tolist())
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        model = dip_model(weights="frozen", noise_scale="absolute" if calibrated else "relative")
+        stream = Stream(rows, once)
+        arguments = {"per_device_train_batch_size": 1, "max_steps": 16 if once else 18}
+        make_trainer(model, stream, tmp_path, Recorded, **arguments).train()
+        runs.append(seen)
+    assert runs[0] == runs[1] and len(runs[0]) == (16 if once else 18)
+
+
+def test_a_second_run_logs_its_own_terms(rows, tmp_path):
+    """Steps that were not logged when the first run ended, or was broken off, do not count."""
+
+    class Broken(Exception):
+        pass
+
+    class Breaks(DipTrainer):
+        breaks_at = 3
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == self.breaks_at:
+                raise Broken
+            return super().training_step(*args, **kwargs)
+
+    trainer = make_trainer(dip_model(), rows, tmp_path, Breaks, logging_steps=2, max_steps=5)
+    with pytest.raises(Broken):
+        trainer.train()
+    trainer.breaks_at = None
+    for _ in range(2):
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(logs) == 2
+        for log in logs:
+            assert log["loss"] == pytest.approx(log["nll"] + log["prior"] + log["stability"], rel=1e-3)
+
+
 def test_evaluation_is_noise_off_and_plain(rows, tmp_path):
     model = dip_model()
     trainer = make_trainer(model, rows, tmp_path)
