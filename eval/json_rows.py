@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_rows(path: str, advice: str) -> list[tuple[str, Any]]:
-    """Read the values of a JSON Lines file, or of a JSON array, each with its place for messages.
+    """Read the values of a JSON Lines file, or of a JSON array, each with its place for messages; a BOM is left out.
 
     Raises:
         ValueError: the file is missing or empty (`advice` says what to do), not UTF-8 or not JSON.
@@ -15,7 +15,7 @@ def read_rows(path: str, advice: str) -> list[tuple[str, Any]]:
         raise ValueError(f"No data file at {path}; {advice}.")
     data = Path(path).read_bytes()
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line} is not UTF-8 text: {error.reason}.") from error

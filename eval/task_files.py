@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from datasets import Dataset
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.json_rows import read_rows
 
 TASKS = Path(__file__).parent / "tasks"
-GSM8K_COLUMNS = {"question": "text", "answer": "text"}
+GSM8K_COLUMNS: dict[str, str | list] = {"question": "text", "answer": "text"}
 
 
 def resolve_tasks(names: Iterable[str], data_files: dict[str, dict[str, str]]) -> list[dict]:
@@ -79,6 +80,32 @@ def check_json_file(path: str, columns: dict[str, str | list]) -> None:
                 raise ValueError(f"{place}: {name} must be {kind}, got {row[name]!r:.60}.")
 
 
+def read_data_files(
+    data_files: dict[str, str], columns: dict[str, str | list] = GSM8K_COLUMNS, **metadata
+) -> dict[str, Dataset]:
+    """Read the columns of checked files as they are, for the harness.
+
+    The loader of `datasets` takes a path for a pattern (`runs[1]/test.jsonl` is `runs1/test.jsonl` to it), and text
+    that looks like a date for a date.
+
+    Args:
+        data_files (`dict[str, str]`): split to path.
+        columns (`dict`): as for `check_json_file`.
+        **metadata: what else a task says of itself, or the command line does.
+    """
+    splits = {}
+    for split, path in data_files.items():
+        rows = [row for _, row in read_rows(path, "give JSON objects")]
+        splits[split] = Dataset.from_dict({name: _of_one_type([row[name] for row in rows]) for name in columns})
+    return splits
+
+
+def _of_one_type(values: list) -> list:
+    """Numbers among texts become texts, as a column has one type."""
+    some_are_text = len({isinstance(value, str) for value in values}) > 1
+    return [str(value) for value in values] if some_are_text else values
+
+
 def _resolve(config: dict, files: dict[str, str]) -> dict:
     splits = [config[key] for key in ("test_split", "fewshot_split") if config.get(key)]
     if missing := [split for split in splits if split not in files]:
@@ -90,7 +117,8 @@ def _resolve(config: dict, files: dict[str, str]) -> dict:
     if callable(fewshot.get("samples")):
         # The exemplars themselves, as a report of the run would name the function by its address in memory.
         config["fewshot_config"] = {**fewshot, "samples": fewshot["samples"]()}
-    return {**config, "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}}}
+    data_files = {split: str(path) for split, path in files.items()}
+    return {**config, "custom_dataset": read_data_files, "dataset_kwargs": {"data_files": data_files}}
 
 
 def _is_text(value) -> bool:

@@ -7,7 +7,7 @@ SVAMP comes with equations in place of answers, and gets answers of the same for
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets import Dataset, DatasetDict, Value, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.data_files import EmptyDatasetError
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
@@ -24,26 +24,40 @@ IGNORED_LABEL = -100
 def load_problems(dataset: str, config_name: str | None = None) -> DatasetDict:
     """Load the splits of a dataset of problems, from the Hub or from a folder, by `datasets.load_dataset`.
 
-    JSON files on this machine are read once beforehand: the errors of `datasets` name neither their line nor their
-    column. A data set with the columns of SVAMP is turned into questions and answers; without a `test` split, what
-    follows its first 700 problems is that.
+    JSON files on this machine are read as they are: the errors of `datasets` name neither their line nor their column,
+    and it takes text that looks like a date for a date. A data set with the columns of SVAMP is turned into questions
+    and answers; without a `test` split, what follows its first 700 problems is that.
 
     Raises:
-        ValueError: the folder, its files, a line, a column or the `train` split is missing or broken.
+        ValueError: the folder, its files, a line, a column or the `train` split is missing or broken; or a column is
+            no text.
     """
     config_name = _choose_config(dataset, config_name)
-    for files in load_dataset_builder(dataset, config_name).config.data_files.values():
-        for path in files:
-            if Path(path).suffix in (".json", ".jsonl") and Path(path).is_file():
-                read_problems(path)
-    splits = load_dataset(dataset, config_name)
+    data_files = load_dataset_builder(dataset, config_name).config.data_files
+    paths = [Path(path) for files in data_files.values() for path in files]
+    if all(path.suffix in (".json", ".jsonl") and path.is_file() for path in paths):
+        splits = DatasetDict({str(split): _read_split(files) for split, files in data_files.items()})
+    else:
+        splits = load_dataset(dataset, config_name)
     if "train" not in splits:
         raise ValueError(f"{dataset} has the splits {', '.join(splits)}, but training needs one called train.")
     if set(SVAMP_COLUMNS) <= set(splits["train"].column_names):
         return _from_svamp(dataset, splits)
     for name, split in splits.items():
         _check_columns(f"{dataset}, split {name}", split.column_names, COLUMNS)
+        for column in COLUMNS:
+            if split.features[column] not in (Value("string"), Value("large_string")):
+                raise ValueError(f"{dataset}, split {name}: {column} must be text, got {split.features[column]}.")
     return splits
+
+
+def _read_split(paths: list[str]) -> Dataset:
+    """Read JSON files of problems, or of SVAMP's, which are left as they are."""
+    rows = [row for path in paths for row in _read_rows_of_problems(path)]
+    columns = SVAMP_COLUMNS if set(SVAMP_COLUMNS) <= set(rows[0]) else COLUMNS
+    if missing := next((set(columns) - set(row) for row in rows if not set(columns) <= set(row)), None):
+        raise ValueError(f"{', '.join(paths)} mix problems of SVAMP with others: some lack {', '.join(missing)}.")
+    return Dataset.from_list([{name: str(row[name]) for name in columns} for row in rows])
 
 
 def _from_svamp(dataset: str, splits: DatasetDict) -> DatasetDict:
@@ -90,11 +104,20 @@ def read_problems(path: str) -> list[dict]:
     Raises:
         ValueError: the file is missing, empty or broken; the message names its path and line.
     """
+    return [svamp_problem(row) if _is_svamp(row) else row for row in _read_rows_of_problems(path)]
+
+
+def _read_rows_of_problems(path: str) -> list[dict]:
+    """Read one file as `read_problems` does, with the columns that it has."""
     rows = read_rows(path, f"give one JSON object a line with {' and '.join(COLUMNS)}")
-    if isinstance(rows[0][1], dict) and set(SVAMP_COLUMNS) <= set(rows[0][1]):
+    if _is_svamp(rows[0][1]):
         check_json_file(path, {"Body": "text", "Question": "text", "Equation": "text", "Answer": "a number"})
-        return [svamp_problem(row) for _, row in rows]
+        return [row for _, row in rows]
     return read_json_lines(path, COLUMNS)
+
+
+def _is_svamp(row) -> bool:
+    return isinstance(row, dict) and set(SVAMP_COLUMNS) <= set(row)
 
 
 def read_json_lines(path: str, columns: tuple[str, ...]) -> list[dict]:
@@ -202,6 +225,8 @@ def _choose_config(dataset: str, wanted: str | None) -> str:
     looks_local = dataset.startswith((".", "/", "~")) or Path(dataset).exists()
     if looks_local and not Path(dataset).is_dir():
         raise ValueError(f"No dataset folder at {dataset}; give one with train.jsonl and test.jsonl, or a Hub id.")
+    if looks_local and set(str(Path(dataset).resolve())) & set("[]?*"):
+        raise ValueError(f"The library datasets takes {dataset} for a pattern: rename folders that have [ ] ? or *.")
     try:
         names = get_dataset_config_names(dataset)
     except EmptyDatasetError as error:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 from eval.task_files import TASKS, check_data_files, check_json_file, resolve_tasks
 
@@ -37,7 +38,7 @@ def test_a_task_becomes_a_whole_configuration(write):
 def test_exemplars_are_part_of_the_configuration(write):
     (config,) = resolve_tasks(["gsm8k_cot_local"], {"gsm8k_cot_local": {"test": write("")}})
     assert [set(sample) for sample in config["fewshot_config"]["samples"]] == [{"question", "target"}] * 8
-    json.dumps(config)
+    json.dumps({**config, "custom_dataset": None})
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,38 @@ def test_a_broken_file_is_named_with_its_line(write, tmp_path, name, content, me
     path = str(tmp_path / "nowhere.json") if content is None else write(content)
     with pytest.raises(ValueError, match=message):
         check_data_files(resolve_tasks([name], {name: {"test": path}}))
+
+
+def load(name, path):
+    """The problems of a task as the harness gets them."""
+    specs = resolve_tasks([name], {name: {"test": path}})
+    check_data_files(specs)
+    return list(TaskManager(include_defaults=False).load(specs)["tasks"][name].test_docs())
+
+
+@pytest.mark.parametrize("folder, neighbour", [("r[12]", "r1"), ("r?", "r1"), ("r*", "r1"), ("r{1,2}", "r1")])
+def test_a_path_is_no_pattern(tmp_path, folder, neighbour):
+    for name, question in ((folder, "right"), (neighbour, "wrong")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(GSM8K.replace('"a"', f'"{question}"'))
+    assert [doc["question"] for doc in load("gsm8k_local", tmp_path / folder / "test.jsonl")] == ["right"]
+
+
+@pytest.mark.parametrize("text", ["2020-01-01", "2020-01-01T10:00:00Z", "2020-01-01 10:00:00", "10:00:00", "1", ""])
+def test_text_stays_text(write, text):
+    path = write(f"{json.dumps({'question': text, 'answer': text})}\n" * 2, "dates.jsonl")
+    assert load("gsm8k_local", path) == [{"question": text, "answer": text}] * 2
+
+
+def test_numbers_and_texts_that_spell_them_may_mix(write):
+    path = write(f"{SVAMP}\n{SVAMP.replace('1.0', json.dumps('2'))}\n")
+    assert [doc["Answer"] for doc in load("svamp", path)] == ["1.0", "2"]
+    assert [doc["Answer"] for doc in load("svamp", write(SVAMP))] == [1.0]
+
+
+@pytest.mark.parametrize("form", ["{0}\n{0}\n", "[{0}, {0}]"])
+def test_a_byte_order_mark_is_left_out(write, form):
+    assert load("gsm8k_local", write(b"\xef\xbb\xbf" + form.format(GSM8K).encode())) == [json.loads(GSM8K)] * 2
 
 
 def test_every_file_of_every_task_is_checked(write):

@@ -18,6 +18,7 @@ from recipes.data import (
     tokenize,
     training_set,
 )
+from tests.helpers import write_jsonl
 
 PROBLEM = {"question": "1 + 1?", "answer": "#### 2"}
 LINE = json.dumps(PROBLEM)
@@ -51,6 +52,31 @@ def test_broken_files_are_named_with_their_line(problems_folder, text, message):
     (problems_folder / "train.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_problems(str(problems_folder))
+
+
+def test_text_stays_text(problems_folder):
+    """`datasets` would read such a column as dates."""
+    write_jsonl(problems_folder / "train.jsonl", [{"question": "When?", "answer": "2020-01-01", "id": "a"}] * 2)
+    (problems_folder / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + LINE.encode())  # a byte order mark
+    problems = load_problems(str(problems_folder))
+    assert problems["train"].to_list() == [{"question": "When?", "answer": "2020-01-01"}] * 2
+    assert problems["test"].to_list() == [PROBLEM]
+
+
+def test_columns_of_other_files_must_be_text(problems_folder):
+    for name in ("train", "test"):
+        (problems_folder / f"{name}.jsonl").unlink()
+        (problems_folder / f"{name}.csv").write_text("question,answer\nWhen?,1\n")
+    with pytest.raises(ValueError, match=r"split train: answer must be text, got Value\('int64'\)"):
+        load_problems(str(problems_folder))
+
+
+def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
+    for name in ("run[12]", "run1"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [PROBLEM])
+    with pytest.raises(ValueError, match=r"takes .*run\[12\] for a pattern: rename folders"):
+        load_problems(str(tmp_path / "run[12]"))
 
 
 SVAMP = {"ID": "chal-1", "Body": "A pack costs 76.", "Question": "And now?", "Type": "Sum"}
