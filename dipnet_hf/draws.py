@@ -154,6 +154,9 @@ class RecomputeMemory:
         self._forwards: deque[RememberedForward] = deque(maxlen=_MAX_REMEMBERED_FORWARDS)
         self.blind = False  # set by a compiled forward pass, which cannot be remembered
 
+    def __reduce__(self):
+        return type(self), ()  # a copy of the model has run no forward pass, and a thread cannot be copied
+
     def remember(self, draws: dict[str, SiteDraw | None]) -> None:
         """Note the draws, by site name, of the forward pass that begins now; a site without noise has none."""
         number = torch.autograd._get_sequence_nr()

@@ -169,6 +169,17 @@ def test_recomputing_what_one_of_several_threads_ran_is_refused(batch):
         loss.backward()
 
 
+def test_a_copy_of_a_model_is_in_no_context(batch):
+    model = calibrated_model(num_samples=2, layers_to_transform=[1, 2])
+    plain = model(**batch).logits  # with gradients: it is remembered for a backward pass
+    with model.ensemble(2):
+        model(**batch)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**batch).logits, plain) and not torch.equal(model(**batch).logits, plain)
+    with twin.ensemble(2):
+        assert torch.equal(model(**batch).logits, plain) and not torch.equal(twin(**batch).logits, plain)
+
+
 def test_values_nest_and_a_copy_of_their_owner_is_in_no_block():
     value, other = ContextValue("default"), ContextValue(0)
     with value.set_to("outer"), other.set_to(1):
