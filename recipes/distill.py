@@ -29,11 +29,13 @@ from transformers import PreTrainedModel, Trainer, set_seed
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from dipnet_hf.architecture import context_length
 from dipnet_hf.batches import supervised
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
 from recipes.data import format_prompt, make_collator, prepare_data, read_json_lines
 from recipes.running import (
+    check_can_be_saved,
     check_output_dir,
     last_whole_checkpoint,
     load_base,
@@ -140,6 +142,7 @@ def make_student(teacher: PeftModel, config: DistillConfig, run: FinetuneConfig)
     """Make the teacher's noise-free network, without a trace of the projections, trainable as the teacher was."""
     if run.weights == "full":
         student = load_dip_run(config.teacher, run).merge_and_unload()
+        check_can_be_saved(student, run)
         return student.requires_grad_(True)
     with TemporaryDirectory() as folder:  # one per process: none reads what another still writes
         teacher.export_weights_adapter(folder)
@@ -210,18 +213,18 @@ def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig) -> Data
     """Let the ensemble answer more questions, greedily: rows like the training set's, without a true answer."""
     assert config.prompts is not None
     questions = [row["question"] for row in read_json_lines(config.prompts, columns=("question",))]
+    check_lengths(questions, teacher, tokenizer, config)
     padding_side, tokenizer.padding_side = tokenizer.padding_side, "left"
     batch_size = config.training_arguments().per_device_eval_batch_size
-    eos_token_ids = {
-        tokenizer.eos_token_id,
-        *torch.tensor([teacher.generation_config.eos_token_id]).flatten().tolist(),
-    }
+    own = teacher.generation_config.eos_token_id
+    eos_token_ids = {tokenizer.eos_token_id, *([] if own is None else torch.tensor([own]).flatten().tolist())}
+    settings = {"eos_token_id": sorted(eos_token_ids), "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
     rows = []
     for start in range(0, len(questions), batch_size):
         prompts = [format_prompt(question) for question in questions[start : start + batch_size]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(teacher.device)
         with teacher.ensemble(config.num_samples):
-            generated = teacher.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False)
+            generated = teacher.generate(**inputs, max_new_tokens=config.max_new_tokens, **settings)
         prompt_length = inputs["input_ids"].shape[1]
         for prompt, mask, answer in zip(
             generated[:, :prompt_length], inputs["attention_mask"], generated[:, prompt_length:], strict=True
@@ -229,6 +232,19 @@ def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig) -> Data
             rows.append(answered_row(prompt[mask.bool()].tolist(), answer.tolist(), eos_token_ids))
     tokenizer.padding_side = padding_side
     return Dataset.from_list(rows)
+
+
+def check_lengths(questions: list[str], teacher: PeftModel, tokenizer, config: DistillConfig) -> None:
+    """Refuse a question that leaves no room for its answer, before the first one is answered."""
+    context = context_length(teacher.get_base_model())
+    for number, question in enumerate(questions, start=1):
+        length = len(tokenizer(format_prompt(question))["input_ids"])
+        if context is not None and length + config.max_new_tokens > context:
+            raise ValueError(
+                f"{config.prompts}: question {number} has {length} tokens, which with max_new_tokens="
+                f"{config.max_new_tokens} are more than the {context} of the model's context. Leave it out, or lower "
+                "max_new_tokens."
+            )
 
 
 def answered_row(prompt: list[int], answer: list[int], eos_token_ids: set[int]) -> dict:

@@ -39,6 +39,7 @@ from recipes.data import (
     tokenize,
 )
 from recipes.running import (
+    check_can_be_saved,
     check_output_dir,
     last_whole_checkpoint,
     load_base,
@@ -163,7 +164,10 @@ def wrap_model(model, config: FinetuneConfig):
     if dip is not None:
         return get_dip_model(model, dip)
     weights = config.peft_config()
-    return get_peft_model(model, weights) if isinstance(weights, PeftConfig) else model
+    if isinstance(weights, PeftConfig):
+        return get_peft_model(model, weights)
+    check_can_be_saved(model, config)
+    return model
 
 
 def sum_nll(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:

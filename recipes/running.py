@@ -58,6 +58,17 @@ def load_base(run: FinetuneConfig) -> PreTrainedModel:
     )
 
 
+def check_can_be_saved(model: PreTrainedModel, run: FinetuneConfig) -> None:
+    """Refuse a whole model that transformers would not save after the training."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            f"The generation_config.json of {run.model} is invalid, and transformers does not save such a model: "
+            f"correct it first. {error}"
+        ) from error
+
+
 def load_dip_run(folder: str, run: FinetuneConfig) -> PeftModel:
     """Load the network of a finished run, with its noise."""
     check_files(folder)

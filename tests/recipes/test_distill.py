@@ -13,10 +13,10 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM
 
 from dipnet_hf.uncertainty import expected_calibration_error
-from recipes import distill
+from recipes import distill, finetune
 from recipes.config import DistillConfig
 from recipes.data import format_prompt, make_collator, prepare_data
-from recipes.running import load_dip_run, load_tokenizer
+from recipes.running import load_base, load_dip_run, load_tokenizer
 from tests.helpers import losses, read_results, write_jsonl
 
 BOTH = pytest.mark.parametrize("weights", ["full", "lora"])
@@ -444,6 +444,38 @@ def test_the_ensemble_answers_prompts(parts, prompts):
             noise_off = student(input_ids=torch.tensor([row["input_ids"]])).logits[0, len(prompt) - 1 : -1]
         assert mean.argmax(-1).tolist() == answer, "the likeliest token of the mean, each time"
         assert noise_off.argmax(-1).tolist() != answer
+
+
+def test_a_base_without_an_eos_of_its_own_is_stopped_by_the_tokenizers(parts, prompts):
+    (path, _), loaded = prompts, parts()
+    config = loaded.config(prompts=str(path), max_new_tokens=6)
+    expected = distill.answer_prompts(loaded.teacher, loaded.tokenizer, config)
+    loaded.teacher.generation_config.eos_token_id = loaded.teacher.generation_config.pad_token_id = None
+    assert distill.answer_prompts(loaded.teacher, loaded.tokenizer, config).to_list() == expected.to_list()
+
+
+def test_a_question_that_is_too_long_is_found_before_any_is_answered(parts, tmp_path, monkeypatch):
+    path, loaded = tmp_path / "prompts.jsonl", parts()
+    write_jsonl(path, [{"question": "1 + 1?"}, {"question": "1 + " * 26}])
+    monkeypatch.setattr(loaded.teacher, "generate", lambda **inputs: pytest.fail("answered"))
+    message = r"prompts.jsonl: question 2 has 122 tokens, which with max_new_tokens=8 are more than the 128 of"
+    with pytest.raises(ValueError, match=message):
+        distill.answer_prompts(loaded.teacher, loaded.tokenizer, loaded.config(prompts=str(path), max_new_tokens=8))
+
+
+def test_a_model_that_could_not_be_saved_is_refused_before_the_training(parts):
+    loaded = parts()
+    folder = shutil.copytree(loaded.run.model, loaded.output_dir.parent / "base")
+    settings = {"eos_token_id": 0, "do_sample": False, "temperature": 0.9}  # as Vicuna's
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    loaded.run.model = str(folder)
+    with pytest.raises(
+        ValueError, match="(?s)generation_config.json of .*base is invalid.*correct it first.*temperature"
+    ):
+        loaded.student()
+    loaded.run.dip = None
+    with pytest.raises(ValueError, match="generation_config.json of .*base is invalid"):
+        finetune.wrap_model(load_base(loaded.run), loaded.run)
 
 
 def test_an_answer_ends_with_its_first_eos():
