@@ -84,7 +84,10 @@ def _layout(args: tuple, kwargs: dict[str, Any]) -> Layout | None:
         text = tensors[0]
     if text is None:
         return Layout(tensors[0].shape[0]) if tensors else None
-    others = [value for name, value in kwargs.items() if name not in ROW_INPUTS and isinstance(value, torch.Tensor)]
     num_rows, length = text.shape[:2]
-    is_text = not any(map(torch.is_floating_point, others))
+    others = [value for name, value in kwargs.items() if name not in ROW_INPUTS and isinstance(value, torch.Tensor)]
+    # Images are numbers, and a decoder's tokens are of another length than its encoder's.
+    is_text = all(
+        value.shape[:2] == text.shape[:2] and not value.is_floating_point() for value in others if value.dim() > 1
+    )
     return Layout(num_rows, length, padding_mask(kwargs, length), is_text=is_text)

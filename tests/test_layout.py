@@ -7,6 +7,8 @@ from transformers import XLNetConfig, XLNetLMHeadModel
 
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from dipnet_hf.layout import Layout, TokenDims, find_token_dims
+from dipnet_hf.noise import KeySource
+from dipnet_hf.passes import FreshPass
 from tests.helpers import dip_model, projections
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, make_batch
 
@@ -73,6 +75,24 @@ def test_pairs_are_of_rows_wherever_these_stand(name, rows_dim, num_rows):
     assert others.abs().max() < 5 * (noise.numel() / noise.shape[rows_dim]) ** -0.5
     if name == "gemma3n_text":
         assert torch.stack([stream.flatten() for stream in noise]).corrcoef()[0, 1].abs() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("others", "is_text"),
+    [
+        ({"token_type_ids": torch.zeros(4, 10, dtype=torch.long)}, True),
+        ({"pixel_values": torch.zeros(12, 9)}, False),
+        ({"labels": torch.zeros(4, 7, dtype=torch.long)}, False),
+    ],
+    ids=["segments", "images", "a decoder's labels"],
+)
+def test_what_a_pass_tells_of_its_rows(others, is_text):
+    batch = make_batch("llama")
+    sites = list(projections(dip_model()).values())
+    _, draws = FreshPass(KeySource(0), antithetic=True).begin((), {**batch, **others}, sites)
+    for draw in draws:
+        assert (draw.layout.num_rows, draw.layout.length, draw.layout.is_text) == (4, 10, is_text)
+        assert torch.equal(draw.layout.mask, batch["attention_mask"])
 
 
 def test_pairs_are_refused_where_the_rows_are_not_told(tiny_llama, batch):
