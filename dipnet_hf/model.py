@@ -138,6 +138,8 @@ class DipModel(BaseTuner):
         hosts = [model.get_submodule(projection.site.name) for projection in self._projections]
         if isinstance(config.weights, PeftConfig):
             inject_weights(model, config.weights, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+            if getattr(config.weights, "layer_replication", None):  # the model has other layers now
+                self._sites = {site.name: site for site in find_sites(model, config)}
         for projection, host in zip(self._projections, hosts, strict=True):
             wrapped = model.get_submodule(projection.site.name)
             if wrapped is not host:  # the weights' adapter has wrapped the layer

@@ -1,8 +1,10 @@
 """Where noise enters: every architecture x every `target_sites`, named modules, convolutions, adapters, the errors."""
 
+import re
+
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -11,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.config import TARGET_SITES
 from dipnet_hf.sites import find_sites
-from tests.helpers import projections, record
+from tests.helpers import assert_same, projections, record
 from tests.tiny_models import ARCHITECTURES, CAUSAL, HIDDEN_SIZE, NUM_LAYERS, build, make_batch
 
 STD = 0.1
@@ -313,3 +315,15 @@ def test_a_layer_without_the_part_is_named():
     model.model.layers = nn.ModuleList(Layer() for _ in range(NUM_LAYERS))
     with pytest.raises(ValueError, match=r"Layer has no part.*'attention'.*\['mix'\].*target_modules"):
         get_dip_model(model, dip_config(target_sites="attention"))
+
+
+@pytest.mark.parametrize("target_sites", ["decoder_layer", "linear"])
+def test_a_replicated_layer_has_noise_of_its_own(target_sites, tmp_path):
+    weights = LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+    config = DipConfig(weights=weights, target_sites=target_sites, init_noise_std=0.3)
+    model = get_dip_model(build("llama"), config, calibration=[make_batch("llama")]).eval()
+    layers = {int(re.search(r"layers\.(\d+)", row["name"]).group(1)) for row in model.noise_summary()}
+    assert layers == {0, 1, 2, 3}
+    assert len({id(logvar) for logvar in model.logvars()}) == len(model.noise_summary())
+    model.save_pretrained(tmp_path)
+    assert_same(model, PeftModel.from_pretrained(build("llama"), tmp_path).eval())
