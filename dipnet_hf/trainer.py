@@ -240,7 +240,7 @@ class _Replayed(IterableDataset):
         stream (`IterableDataset`): read by calibration, by the first epoch, and then as it is.
     """
 
-    def __init__(self, stream: IterableDataset) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._num_readings = 0
         self._rows: Iterator = iter(())
@@ -261,7 +261,7 @@ class _Replayed(IterableDataset):
             yield from self._stream
 
     def __len__(self) -> int:
-        return len(self._stream)  # type: ignore[arg-type]
+        return len(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__.get("_stream"), name)
