@@ -16,6 +16,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lm_eval import simple_evaluate
@@ -26,7 +27,7 @@ from lm_eval.filters import build_filter_ensemble
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable, make_table
+from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
 
 if not __package__:  # run as a script: Python put eval/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -47,7 +48,7 @@ NOT_SUPPORTED = {
     "trackio_args": "log results_*.json afterwards",
     "hf_hub_log_args": "upload the output folder afterwards",
 }
-# What changes no answer; the rest of the configuration is the run's fingerprint.
+# What changes no answer; the rest of the configuration is the run's fingerprint, but for the device.
 HOW_IT_RUNS = {"batch_size", "config", "log_samples", "max_batch_size", "metadata", "output_path"}
 HOW_IT_RUNS |= {"show_config", "verbosity", "write_out", *NOT_SUPPORTED}
 
@@ -60,8 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     manager, tasks, selected = load_tasks(config, data_files)
     for task in tasks:
         set_repeats(task, repeats, config)
+    make_output(config)
+    # An interrupted run may go on elsewhere.
+    responses = Responses(config.output_path, {name: fingerprint[name] for name in fingerprint if name != "device"})
     lm = DipLM.create_from_arg_obj(
-        {**config.model_args, "responses": Responses(config.output_path, fingerprint)},
+        {**config.model_args, "responses": responses},
         {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device},
     )
     tracker = EvaluationTracker(output_path=config.output_path)
@@ -108,6 +112,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[EvaluatorConfig, dict[
     del args.data, args.repeats
     config = EvaluatorConfig.from_cli(args)
     check_config(config)
+    for name in ("pretrained", "peft"):
+        if config.model_args.get(name) in (".", ".."):  # the harness names the folder of the results by it
+            config.model_args[name] = str(Path(config.model_args[name]).resolve())
     return config, split_data(data), choose_repeats(repeats, config.model_args)
 
 
@@ -158,12 +165,26 @@ def choose_repeats(repeats: int | None, model_args: dict) -> int | None:
 
 
 def check_output(output_path: str) -> None:
-    """Refuse a folder with a finished run."""
+    """Refuse a file, and a folder with a finished run."""
+    if Path(output_path).exists() and not Path(output_path).is_dir():
+        raise ValueError(f"--output_path must be a folder, and {output_path} is a file. Choose another.")
     if finished := results_file(output_path):
         raise ValueError(
             f"{output_path} already holds a finished run ({finished.name}). Choose another --output_path; or delete "
             "that file to have it written anew from the responses."
         )
+
+
+def make_output(config: EvaluatorConfig) -> None:
+    """Make the folder that the harness will write its results to, or say before the work why that cannot be."""
+    model = config.model_args.get("peft") or config.model_args["pretrained"]
+    try:
+        (Path(config.output_path) / sanitize_model_name(model)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"The results of {model} cannot be written to {config.output_path}: {error.strerror}. Choose another "
+            "--output_path, or a shorter path to the model."
+        ) from error
 
 
 def results_file(output_path: str) -> Path | None:
@@ -178,9 +199,11 @@ def load_tasks(config: EvaluatorConfig, data_files: dict[str, dict[str, str]]) -
         `tuple`: the harness' manager, all tasks, and the tasks and groups that were selected.
     """
     own_names = TaskManager(include_path=str(TASKS), include_defaults=False).all_tasks
-    names = config.tasks.split(",") if isinstance(config.tasks, str) else config.tasks
-    others = [name for name in names if name not in own_names]
-    specs: list = resolve_tasks([name for name in names if name in own_names], data_files)
+    listed = config.tasks.split(",") if isinstance(config.tasks, str) else config.tasks
+    patterns = [name.strip() for name in listed]
+    own = {pattern: [name for name in own_names if fnmatchcase(name, pattern)] for pattern in patterns}
+    others = [pattern for pattern in patterns if not own[pattern]]
+    specs: list = resolve_tasks(dict.fromkeys(name for names in own.values() for name in names), data_files)
     check_data_files(specs)
     manager = TaskManager(include_defaults=False, metadata=config.metadata)
     if others:  # indexing all tasks of the harness takes seconds
@@ -188,9 +211,28 @@ def load_tasks(config: EvaluatorConfig, data_files: dict[str, dict[str, str]]) -
         manager = config.process_tasks(config.metadata)
         specs += config.tasks
     loaded = manager.load(specs)
+    for name in own_names:
+        if name in loaded["tasks"]:
+            check_targets(loaded["tasks"][name])
     inner = {name for group in loaded["groups"].values() for name in group.child_names}
     selected = [item for name, item in [*loaded["groups"].items(), *loaded["tasks"].items()] if name not in inner]
     return manager, list(loaded["tasks"].values()), selected
+
+
+def check_targets(task: Task) -> None:
+    """Refuse a problem that has no right answer in the form that the task asks for.
+
+    Raises:
+        ValueError: such as options without letters; the message has the problem's number.
+    """
+    for number, doc in enumerate(task.test_docs(), start=1):
+        try:
+            task.doc_to_target(doc)
+        except ValueError as error:
+            raise ValueError(
+                f"{task.task_name}: the right answer of problem {number} is not among its options: {error}. They must "
+                f"begin with their letters, as in A)1, got {doc!r:.200}."
+            ) from error
 
 
 def set_repeats(task: Task, repeats: int | None, config: EvaluatorConfig) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.filters.selection import MajorityVoteFilter
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.lm_eval_model import DipLM
 from eval.calibration import FIGURES, MajorityVoteOfFound, calibration, confidences
-from eval.run import main, set_repeats
+from eval.run import load_tasks, main, set_repeats
 from eval.scoring import score
 from recipes.tiny_model import tiny_llama, train_tokenizer
 from recipes.word_problems import generate_splits
@@ -289,6 +290,7 @@ def test_another_training_into_the_same_folder_is_noticed(folder, tmp_path, batc
         main(command(folder, tmp_path))
 
 
+UNLETTERED = ["word_problems={tmp}/fine.jsonl", "aqua_rat_local={tmp}/unlettered.jsonl"]
 BROKEN = '{"question": "a", "answer": "#### 1"}\n{"question": "b"\n'
 
 
@@ -307,12 +309,18 @@ BROKEN = '{"question": "a", "answer": "#### 1"}\n{"question": "b"\n'
         (["--model=hf"], "evaluates the model dip, got --model hf; use lm_eval run"),
         (["--use_cache=x"], "--use_cache is not supported: finished responses are kept"),
         (["--wandb_args", "project=x"], "--wandb_args is not supported"),
+        (["--output_path={tmp}/fine.jsonl/out"], "results of ./no-such-model cannot be written to .*fine.jsonl/out"),
+        (["--output_path={tmp}/broken"], "--output_path must be a folder, and .*broken is a file"),
+        (["--tasks=aqua_rat_local", "--data", *UNLETTERED], "right answer of problem 2 is not among its options"),
         (["--output_path=results.json"], "--output_path must be a folder, of this run alone; got results.json"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(tmp_path, arguments, message):
     (tmp_path / "broken.jsonl").write_text(BROKEN)
     (tmp_path / "fine.jsonl").write_text(BROKEN.splitlines()[0])
+    (tmp_path / "broken").write_text("a file")
+    rows = [{"question": "a", "options": [f"{start}1", f"{start}2"], "correct": "A"} for start in ("A)", "(A) ")]
+    write_jsonl(tmp_path / "unlettered.jsonl", rows)
     stock = ["-a", "pretrained=./no-such-model", "--tasks=word_problems", f"--output_path={tmp_path}/out"]
     data = [] if "--data" in arguments else ["--data", f"word_problems={tmp_path}/fine.jsonl"]
     with pytest.raises(ValueError, match=message):
@@ -331,6 +339,43 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(tmp_path, argu
 def test_what_is_missing_is_asked_for(arguments, message):
     with pytest.raises(ValueError, match=message):
         main(arguments)
+
+
+def test_a_folder_of_results_that_cannot_be_made_is_named_before_the_model_is_loaded(folder, tmp_path):
+    arguments = command(folder, tmp_path)
+    arguments[1] = "pretrained=" + "long/" * 70
+    with pytest.raises(ValueError, match="cannot be written to .*: File name too long. Choose another"):
+        main(arguments)
+
+
+def test_names_of_tasks_may_have_spaces_and_be_patterns(folder):
+    files = {name: {"test": f"{folder}/words.jsonl"} for name in ("gsm8k_local", "word_problems")}
+    for names in ("word_problems, gsm8k_local", "word_problem?, gsm8k_loca?,word_problems"):
+        loaded = load_tasks(EvaluatorConfig(tasks=names), files)[1]
+        assert sorted(task.task_name for task in loaded) == ["gsm8k_local", "word_problems"]
+
+
+def test_a_model_in_the_folder_of_today_has_results_where_others_have_them(folder, tmp_path, monkeypatch):
+    """Their folder is named by the model, and `.` and `..` name others."""
+    for name, start in ((".", folder / "adapter"), ("..", folder / "adapter" / "inner")):
+        start.mkdir(exist_ok=True)
+        monkeypatch.chdir(start)
+        arguments = command(folder, tmp_path / f"out{len(name)}", "--limit=1", tasks="word_problems")
+        arguments[1] = f"pretrained={folder}/base,peft={name}"
+        arguments.remove(f"aqua_rat_local={folder}/aqua.json")
+        main(arguments)
+        (results,) = (tmp_path / f"out{len(name)}").glob("*/results_*.json")
+        assert str(folder / "adapter").replace("/", "__") == results.parent.name
+
+
+def test_an_interrupted_run_resumes_on_another_device(folder, tmp_path, batches):
+    _, restart = batches
+    restart(limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(folder, tmp_path))
+    restart()
+    main(command(folder, tmp_path, "--device=cpu"))
+    assert read_output(tmp_path)[0]["provenance"]["config"]["device"] == "cpu"
 
 
 def test_a_task_of_ones_own_in_a_yaml_config(folder, tmp_path, monkeypatch):
