@@ -5,7 +5,7 @@ Importing this file registers it with the harness.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from .ensemble import AVERAGES
+from .answers import Answer, WritingLM
+from .ensemble import AVERAGES, is_integer
 from .model import DipModel
 from .noise import fold_in
 from .responses import Responses
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @register_model("dip")
-class DipLM(HFLM):
+class DipLM(WritingLM):
     """The harness' `hf` model, which answers by the mean of k noisy samples or by their vote.
 
     With `average="vote"` every sample writes an answer of its own, for self-consistency (arXiv 2203.11171): a task
@@ -110,6 +110,16 @@ class DipLM(HFLM):
         with self._network():
             return self._finish("generate_until", requests, answer)
 
+    def answer_log_likelihoods(self, answers: Sequence[Answer]) -> list[float]:
+        """As `WritingLM` does, under the network that wrote them."""
+        scores: dict[int, float] = {}
+        for sample in sorted({answer.sample for answer in answers}, key=str):
+            chosen = [number for number, answer in enumerate(answers) if answer.sample == sample]
+            with self._network() if sample is None else self._sample(sample):
+                values = super().answer_log_likelihoods([answers[number] for number in chosen])
+            scores.update(zip(chosen, values, strict=True))
+        return [scores[number] for number in range(len(answers))]
+
     def _create_model(self, pretrained: str, peft: str | None = None, revision: str = "main", **kwargs) -> None:
         """Load the model. HFLM cuts a vocabulary that is padded for speed, and then all weights of it do not fit."""
         if peft is None or not self._all_weights:
@@ -128,6 +138,10 @@ class DipLM(HFLM):
             return self.model.ensemble(self.num_samples, average, self.seed)
         return self.model.deterministic() if self.has_noise else nullcontext()
 
+    def _sample(self, sample: int) -> AbstractContextManager[None]:
+        """One sample of a vote."""
+        return self.model.ensemble(1, seed=int(fold_in(torch.tensor(self.seed), sample)))
+
     def _vote(self, requests: list[Instance], num_samples: int, answer: Callable) -> list[str]:
         # Processes of unequal share pad it by further repeats of a request, so a repeat's number wraps around.
         num_seen: dict[int, int] = defaultdict(int)
@@ -137,9 +151,10 @@ class DipLM(HFLM):
             num_seen[id(request)] += 1
         answers: dict[int, str] = {}
         for sample, chosen in enumerate(indices):
-            with self.model.ensemble(1, seed=int(fold_in(torch.tensor(self.seed), sample))):
+            with self._sample(sample):
                 texts = self._finish("generate_until", [requests[index] for index in chosen], answer, sample)
-            answers.update(zip(chosen, texts, strict=True))
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = Answer(text, text.prompt, text.tokens, sample)
         return [answers[index] for index in range(len(requests))]
 
     def _finish(self, kind: str, requests: list[Instance], answer: Callable, sample: int | None = None) -> list:
@@ -148,6 +163,8 @@ class DipLM(HFLM):
             return answer(requests)
         self.responses.sample = sample
         finished = [self.responses.take(kind, request.args) for request in requests]
+        if kind == "generate_until":  # an earlier version kept texts without their tokens: they are written anew
+            finished = [answer if isinstance(answer, Answer) else None for answer in finished]
         remaining = [request for request, response in zip(requests, finished, strict=True) if response is None]
         num_finished = len(requests) - len(remaining)
         if num_finished:
@@ -185,13 +202,13 @@ def check_mode(num_samples: Any, average: Any, seed: Any) -> None:
     Raises:
         ValueError: one is out of range, or has no effect.
     """
-    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
+    if num_samples is not None and (not is_integer(num_samples) or num_samples < 1):
         raise ValueError(f"num_samples must be an integer of at least 1, or left out: noise off. Got {num_samples!r}.")
     if average not in (*AVERAGES, VOTE):
         raise ValueError(f"average must be one of {', '.join([*AVERAGES, VOTE])}, got {average!r}.")
     if num_samples is None and average != "prob":
         raise ValueError(f"average={average} is over samples: say how many with num_samples=k.")
-    if type(seed) is not int:
+    if not is_integer(seed):
         raise ValueError(f"seed must be an integer, got {seed!r}.")
 
 

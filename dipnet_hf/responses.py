@@ -9,14 +9,16 @@ from typing import Any, TextIO
 
 from lm_eval.api.model import CacheHook, hash_args
 
+from .answers import Answer
+
 
 class Responses(CacheHook):
     """Finished responses, one JSON line each in `<folder>/responses.jsonl`; a rerun takes them from there.
 
     The harness' own cache uses pickle, and gives the same answer to all repeats of a request. Here a line holds the
-    hash of a request, the sample that answered it, and the response; the first line holds the run's fingerprint. Of
-    several processes, process n > 0 writes to `responses-<n>.jsonl`. Each reads all files, so that a rerun may use
-    another number of processes.
+    hash of a request, the sample that answered it, and the response; a written one has its tokens and those of its
+    prompt. The first line holds the run's fingerprint. Of several processes, process n > 0 writes to
+    `responses-<n>.jsonl`. Each reads all files, so that a rerun may use another number of processes.
 
     Args:
         folder (`str`): created if it does not exist.
@@ -46,14 +48,15 @@ class Responses(CacheHook):
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         """Write one response; the harness calls this as soon as its batch is done."""
-        self._write({"request": hash_args(attr, req), "sample": self.sample, "response": res})
+        tokens = {"prompt": res.prompt, "tokens": res.tokens} if isinstance(res, Answer) else {}
+        self._write({"request": hash_args(attr, req), "sample": self.sample, "response": res, **tokens})
 
     def _read(self, path: Path) -> None:
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 row = json.loads(line)
                 if number > 1:
-                    self._finished[row["request"], row["sample"]].append(row["response"])
+                    self._finished[row["request"], row["sample"]].append(_response(row))
             except (json.JSONDecodeError, KeyError) as error:
                 raise ValueError(f"{path}, line {number} is broken: {error}. Remove it.") from error
             if number == 1:
@@ -74,6 +77,12 @@ class Responses(CacheHook):
         if not lines:
             file.write(json.dumps({"fingerprint": self._fingerprint}) + "\n")
         return file
+
+
+def _response(row: dict[str, Any]) -> Any:
+    if "tokens" not in row:
+        return row["response"]
+    return Answer(row["response"], row["prompt"], row["tokens"])
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -4,6 +4,8 @@ A confidence is the probability of the chosen option (multiple choice), the shar
 answers a problem), or the geometric mean probability of the answer's tokens under the network that wrote it.
 """
 
+import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -13,8 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_filter
 from lm_eval.api.task import Task
 from lm_eval.filters.selection import MajorityVoteFilter
-from lm_eval.models.huggingface import HFLM
 
+from dipnet_hf.answers import Answer, WritingLM
 from dipnet_hf.uncertainty import (
     answer_confidence,
     area_under_risk_coverage,
@@ -60,18 +62,21 @@ def metric_of(task: Task) -> str | None:
     return next((name for name in candidates if name in task.higher_is_better()), None)
 
 
-def confidences(lm: HFLM, task: Task) -> list[float]:
-    """Compute this process's confidences after an evaluation, filter by filter, as the harness orders its samples."""
+def confidences(lm: WritingLM, task: Task) -> list[float | None]:
+    """Compute this process's confidences after an evaluation, filter by filter, as the harness orders its samples.
+
+    None is that of an answer whose log-likelihoods are not a number, as of a model that overflows.
+    """
     by_doc: dict[int, list[Instance]] = defaultdict(list)
     for instance in task.instances:
         by_doc[instance.doc_id].append(instance)
     if task.OUTPUT_TYPE == "multiple_choice":
-        values = [_confidence_of_choice(instances, task) for instances in by_doc.values()]
-        return values * len(task._filters)
+        return [_confidence_of_choice(instances, task) for instances in by_doc.values()] * len(task._filters)
     instances = [instances[0] for instances in by_doc.values()]
     votes = {pipeline.name: _votes(pipeline, instances) for pipeline in task._filters}
-    single = _confidences_of_text(lm, instances) if None in votes.values() else []
-    return [value for answers in votes.values() for value in (single if answers is None else answers)]
+    answers = [instance.resps[0] for instance in instances]
+    single = confidences_of_text(lm, answers) if None in votes.values() else []
+    return [value for shares in votes.values() for value in (single if shares is None else shares)]
 
 
 def calibration(samples: list[dict], metric: str) -> dict[str, dict]:
@@ -83,7 +88,8 @@ def calibration(samples: list[dict], metric: str) -> dict[str, dict]:
             takes other values is left out.
 
     Returns:
-        `dict`: by filter, `FIGURES`. `auroc` is None if all answers are right, or all wrong.
+        `dict`: by filter, `FIGURES`. `auroc` is None if all answers are right, or all wrong; so are all figures of
+            the confidences if one of them is.
     """
     by_filter: dict[str, list[dict]] = defaultdict(list)
     for sample in samples:
@@ -95,8 +101,16 @@ def calibration(samples: list[dict], metric: str) -> dict[str, dict]:
     }
 
 
-def _figures(confidence: list[float], correct: list[float]) -> dict[str, float | None]:
+def _figures(confidences: list[float | None], correct: list[float]) -> dict[str, float | None]:
     num = len(correct)
+    confidence = [value for value in confidences if value is not None]
+    if len(confidence) < num:
+        warnings.warn(
+            f"The log-likelihoods of {num - len(confidence)} of {num} answers are not a number, so there are no "
+            "figures of calibration. float16 overflows where bfloat16 does not.",
+            stacklevel=3,
+        )
+        return {**dict.fromkeys(FIGURES), "n": num, "accuracy": sum(correct) / num}
     values = (
         num,
         sum(correct) / num,
@@ -111,12 +125,13 @@ def _figures(confidence: list[float], correct: list[float]) -> dict[str, float |
     return dict(zip(FIGURES, values, strict=True))
 
 
-def _confidence_of_choice(instances: Sequence[Instance], task: Task) -> float:
+def _confidence_of_choice(instances: Sequence[Instance], task: Task) -> float | None:
     """Normalize the options' likelihoods; those that follow, for `acc_mutual_info`, are of no context."""
     num_choices = len(task.doc_to_choice(instances[0].doc))
     ordered = sorted(instances, key=lambda instance: instance.idx)[:num_choices]
     log_likelihoods = torch.tensor([instance.resps[0][0] for instance in ordered], dtype=torch.float64)
-    return log_likelihoods.softmax(0).max().item()
+    confidence = log_likelihoods.softmax(0).max().item()
+    return None if math.isnan(confidence) else confidence
 
 
 def _votes(pipeline: FilterEnsemble, instances: list[Instance]) -> list[float] | None:
@@ -135,29 +150,13 @@ def _votes(pipeline: FilterEnsemble, instances: list[Instance]) -> list[float] |
     return None
 
 
-def _confidences_of_text(lm: HFLM, instances: list[Instance]) -> list[float]:
-    """Score the first answer to each prompt; 0 for one without tokens, or with more than fit in the context.
-
-    Many tokenizers drop the space before a text when they decode its tokens. Whether there was one is not known then,
-    so the answer is scored with it and without it, and the likelier is what was written.
-    """
-    drops_space = lm.tok_decode(lm.tok_encode(" a", add_special_tokens=False)) == "a"
-    spaces = ("", " ") if drops_space else ("",)
-    values = [_score_texts(lm, instances, space) for space in spaces]
-    return [max(of_text) for of_text in zip(*values, strict=True)]
+def confidences_of_text(lm: WritingLM, answers: Sequence[Answer]) -> list[float | None]:
+    """Score written answers by the tokens in which they were written; 0 for one that is empty."""
+    # Something is scored in place of an empty answer, as the harness' processes wait for each other in every call.
+    scored = [answer or Answer("?", [lm.prefix_token_id], [lm.prefix_token_id]) for answer in answers]
+    scores = lm.answer_log_likelihoods(scored)
+    return [_confidence_of_text(*pair) if pair[0] else 0.0 for pair in zip(answers, scores, strict=True)]
 
 
-def _score_texts(lm: HFLM, instances: list[Instance], space: str) -> list[float]:
-    pairs = [(instance.args[0], space + instance.resps[0]) for instance in instances]
-    lengths = [len(lm._encode_pair(*pair)[1]) for pair in pairs]
-    usable = [0 < length <= lm.max_length for length in lengths]
-    # Something is scored in place of every answer, as the harness' processes wait for each other in every call.
-    scored = [pair if use else (pair[0], "?") for pair, use in zip(pairs, usable, strict=True)]
-    requests = [
-        Instance("loglikelihood", instance.doc, pair, 0) for instance, pair in zip(instances, scored, strict=True)
-    ]
-    scores = lm.loglikelihood(requests)
-    return [
-        answer_confidence([score / length]) if use else 0.0
-        for (score, _), length, use in zip(scores, lengths, usable, strict=True)
-    ]
+def _confidence_of_text(answer: Answer, log_likelihood: float) -> float | None:
+    return None if math.isnan(log_likelihood) else answer_confidence([log_likelihood / len(answer.tokens)])

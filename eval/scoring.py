@@ -2,9 +2,9 @@
 
 from lm_eval import evaluate
 from lm_eval.api.task import Task
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from dipnet_hf.answers import WritingLM
 from eval.calibration import calibration, confidences, metric_of
 from eval.task_files import check_data_files, resolve_tasks
 
@@ -24,7 +24,7 @@ def score(
 
     Returns:
         `dict`: by task, the harness's numbers, such as `exact_match,strict-match` and its standard error, `ece` by
-            filter, and `n`.
+            filter where it has one, and `n`.
 
     Raises:
         ValueError: there is no such task, it reads a second file, or its file is missing, empty or broken. Raised
@@ -36,10 +36,10 @@ def score(
         if "generation_kwargs" in spec:
             spec["generation_kwargs"]["max_gen_toks"] = max_new_tokens
     loaded = TaskManager(include_defaults=False).load(specs)
-    was_training = model.training  # HFLM puts it in eval mode
+    was_training = model.training  # the harness puts it in eval mode
     try:
         # Not `simple_evaluate`: it sets all global seeds, and spends seconds on a description of the machine.
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = WritingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         evaluated = evaluate(lm, loaded, limit=limit, log_samples=True)
         scores = {name: _numbers(evaluated, name) for name in evaluated["results"]}
         for name, task in loaded["tasks"].items():
@@ -56,10 +56,11 @@ def _numbers(evaluated: dict, name: str) -> dict[str, float]:
     }
 
 
-def _calibration_errors(lm: HFLM, task: Task, samples: list[dict]) -> dict[str, float]:
+def _calibration_errors(lm: WritingLM, task: Task, samples: list[dict]) -> dict[str, float]:
     metric = metric_of(task)
     if metric is None:
         return {}
     for sample, confidence in zip(samples, confidences(lm, task), strict=True):
         sample["confidence"] = confidence
-    return {f"ece,{name}": figures["ece_width"] for name, figures in calibration(samples, metric).items()}
+    errors = {f"ece,{name}": figures["ece_width"] for name, figures in calibration(samples, metric).items()}
+    return {name: error for name, error in errors.items() if error is not None}

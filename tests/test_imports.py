@@ -70,8 +70,9 @@ TABLE = {
     "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
     "trainer": Row(ours="architecture batches loss model objective", others="torch transformers"),
     "sft_trainer": Row(ours="trainer", others="torch transformers trl"),
-    "responses": Row(others="lm_eval"),
-    "lm_eval_model": Row(ours="ensemble model noise responses", others="lm_eval peft torch transformers"),
+    "answers": Row(others="lm_eval torch"),
+    "responses": Row(ours="answers", others="lm_eval"),
+    "lm_eval_model": Row(ours="answers ensemble model noise responses", others="lm_eval peft torch transformers"),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
     "__init__": Row(ours="config ensemble loss model objective registry", lazy="sft_trainer trainer"),
 }

@@ -161,6 +161,20 @@ def test_in_a_vote_the_jth_repeat_is_of_sample_j(dip):
     assert len(set(voted)) > len(QUESTIONS)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_in_a_vote_an_answer_is_scored_by_the_sample_that_wrote_it(dip, tmp_path, resumed):
+    for _ in range(1 + resumed):
+        lm = in_memory(dip, num_samples=2, average="vote", seed=5, responses=Responses(tmp_path, {}))
+        answers = [text for text in answer(lm, "generate_until", repeats=2) if text]
+    scores = lm.answer_log_likelihoods(answers)
+    assert {text.sample for text in answers} == {0, 1}
+    for text, score in zip(answers, scores, strict=True):
+        tokens = torch.tensor([text.prompt + text.tokens])
+        with torch.no_grad(), dip.model.ensemble(1, seed=int(fold_in(torch.tensor(5), text.sample))):
+            log_probs = dip.model(input_ids=tokens).logits.log_softmax(-1)[0, :-1].gather(-1, tokens[0, 1:, None])
+        assert score == pytest.approx(log_probs[-len(text.tokens) :].sum().item(), rel=1e-4)
+
+
 def test_further_repeats_wrap_around(dip):
     """The harness pads the shares of several processes by repeating a request once more, all k times."""
     lm = in_memory(dip, num_samples=2, average="vote")

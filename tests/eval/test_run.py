@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from dipnet_hf import DipConfig, get_dip_model
+from dipnet_hf.answers import Answer
 from dipnet_hf.lm_eval_model import DipLM
 from eval.calibration import FIGURES, MajorityVoteOfFound, calibration, confidences
 from eval.run import load_tasks, main, set_repeats
@@ -172,21 +173,24 @@ def test_an_ensemble_answers_otherwise_than_the_network_without_noise(outputs):
 # ---- confidence ----
 
 
-def geometric_mean(model, tokenizer, context, text):
-    """The geometric mean probability of a text's tokens after a context."""
-    num_context = len(tokenizer(context)["input_ids"])
-    input_ids = torch.tensor([tokenizer(context + text)["input_ids"]])
+def geometric_mean(model, prompt, tokens):
+    """The geometric mean probability of tokens after a prompt of tokens."""
     with torch.no_grad():
-        log_probs = model(input_ids=input_ids).logits.log_softmax(-1)[0, num_context - 1 : -1]
-    return log_probs.gather(-1, input_ids[0, num_context:, None]).mean().exp().item()
+        log_probs = model(input_ids=torch.tensor([prompt + tokens])).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+    return log_probs.gather(-1, torch.tensor(tokens)[:, None]).mean().exp().item()
 
 
 @pytest.mark.parametrize("mode", ["noise-off", "ensemble"])
 def test_confidence_in_a_text_is_the_geometric_mean_of_its_tokens(outputs, model, tokenizer, mode):
+    """Those that were written; an untrained model writes bytes that are no letters, which no text gives back."""
+    lines = [json.loads(line) for line in (outputs[mode] / "responses.jsonl").read_text().splitlines()]
+    written = {(*line["prompt"], line["response"]): line["tokens"] for line in lines if "tokens" in line}
     for sample in read_output(outputs[mode])[1]["word_problems"]:
-        prompt, (text,) = sample["arguments"]["gen_args_0"]["arg_0"], sample["resps"][0]
+        prompt, (text,) = tokenizer(sample["arguments"]["gen_args_0"]["arg_0"])["input_ids"], sample["resps"][0]
+        tokens = written[(*prompt, text)]
+        assert tokenizer.decode(tokens).startswith(text)
         with model.deterministic() if mode == "noise-off" else model.ensemble(2):
-            expected = geometric_mean(model, tokenizer, prompt, text) if text else 0
+            expected = geometric_mean(model, prompt, tokens) if text else 0
         assert sample["confidence"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -442,59 +446,45 @@ def test_a_task_that_votes_by_itself_keeps_its_filters(folder):
     assert task.config.filter_list == pipelines
     task._instances = [
         Instance("generate_until", {}, ("a", {}), 0, ("mine", number, 2), resps=answers)
-        for number, answers in enumerate([["x", "x"], ["x", "y"]])
+        for number, answers in enumerate([[Answer("x", [0], [1, 2]), "x"], [Answer("x", [0], [1]), "y"]])
     ]
 
     class Scorer:
-        max_length = 10
+        prefix_token_id = 0
 
-        def tok_encode(self, text, add_special_tokens=None):
-            return text
-
-        tok_decode = tok_encode
-
-        def _encode_pair(self, context, text):
-            return [0], [1, 2]
-
-        def loglikelihood(self, requests):
-            assert [request.args for request in requests] == [("a", "x"), ("a", "x")]
-            return [(math.log(0.25), False)] * 2
+        def answer_log_likelihoods(self, answers):
+            assert answers == ["x", "x"]
+            return [len(answer.tokens) * math.log(0.5) for answer in answers]
 
     assert confidences(Scorer(), task) == pytest.approx([0.5, 0.5, 1.0, 0.5])
 
 
-def test_a_space_that_decoding_drops_is_scored_with_the_answer(folder):
-    task = load_task(folder)
-    task._instances = [Instance("generate_until", {}, ("a", {}), 0, ("mine", 0, 1), resps=["x"])]
-
-    class Scorer:
-        """Decodes as SentencePiece does, without the space before a text."""
-
-        max_length = 10
-
-        def tok_encode(self, text, add_special_tokens=None):
-            return text
-
-        def tok_decode(self, text):
-            return text.lstrip()
-
-        def _encode_pair(self, context, text):
-            return [0], [1]
-
-        def loglikelihood(self, requests):
-            return [(math.log({"x": 0.1, " x": 0.6}[request.args[1]]), False) for request in requests]
-
-    assert confidences(Scorer(), task) == pytest.approx([0.6] * len(task._filters))
+def test_likelihoods_that_are_no_numbers_leave_the_other_results(folder, tmp_path, model):
+    """A model that overflows in float16 gives NaN; the harness counts such answers as wrong."""
+    for parameter in model.base_model.model.lm_head.parameters():
+        parameter.data.fill_(math.nan)
+    model.get_base_model().save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(tmp_path / "nan")
+    arguments = command(folder, tmp_path / "out")
+    arguments[1] = f"pretrained={tmp_path}/nan"
+    with pytest.warns(UserWarning, match="log-likelihoods of 5 of 5 answers are not a number"):
+        main(arguments)
+    results, samples = read_output(tmp_path / "out")
+    figures = results["calibration"]["aqua_rat_local"]["none"]
+    assert figures["n"] == 5 and figures["accuracy"] == results["results"]["aqua_rat_local"]["acc,none"]
+    assert figures["ece_width"] is figures["mean_confidence"] is None
+    assert {sample["confidence"] for sample in samples["aqua_rat_local"]} == {None}
 
 
-def test_an_answer_without_tokens_has_no_confidence(folder, model, tokenizer):
-    task = load_task(folder)
-    task._instances = [
-        Instance("generate_until", {}, ("a", {}), 0, ("mine", number, 1), resps=[text])
-        for number, text in enumerate(["", "b", "b" * 600])
-    ]
-    empty, short, longer_than_the_context = confidences(DipLM(pretrained=model, tokenizer=tokenizer), task)
-    assert empty == longer_than_the_context == 0 and 0 < short < 1
+def test_thinking_aloud_changes_no_way_of_scoring(folder, tmp_path):
+    """The harness refuses likelihoods of texts there; the tokens that were written are known."""
+    arguments = command(
+        folder, tmp_path, tasks="word_problems", model_args=["enable_thinking=True", "think_end_token=k"]
+    )
+    arguments.remove(f"aqua_rat_local={folder}/aqua.json")
+    main(arguments)
+    (path,) = tmp_path.glob("*/results_*.json")
+    assert json.loads(path.read_text())["calibration"]["word_problems"]["strict-match"]["n"] == 5
 
 
 # ---- several processes ----

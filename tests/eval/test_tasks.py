@@ -14,6 +14,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
+from dipnet_hf.answers import Answer, WritingLM
 from eval.scoring import score
 from eval.task_files import TASKS, resolve_tasks
 from eval.tasks.svamp.utils import parse_number
@@ -361,9 +362,8 @@ def test_scoring_from_end_to_end_leaves_no_trace(model, tokenizer, problems, wri
 
 
 def test_a_right_answer_counts(model, tokenizer, write_problems, monkeypatch):
-    monkeypatch.setattr(
-        "lm_eval.models.huggingface.HFLM.generate_until", lambda self, requests: ["#### 1"] * len(requests)
-    )
+    answer = Answer("#### 1", prompt=[3], tokens=[4, 5])
+    monkeypatch.setattr(WritingLM, "generate_until", lambda self, requests: [answer] * len(requests))
     path = write_problems([{"question": "a", "answer": "#### 1"}, {"question": "b", "answer": "#### 2"}])
     scores = score(model, tokenizer, {"word_problems": path})["word_problems"]
     assert scores["exact_match,strict-match"] == scores["exact_match,flexible-extract"] == 0.5
