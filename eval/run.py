@@ -12,6 +12,7 @@ command resumes an interrupted run.
 import argparse
 import json
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import asdict
@@ -37,6 +38,7 @@ from dipnet_hf.responses import Responses
 from eval.calibration import FIGURES, calibration, confidences, metric_of
 from eval.task_files import TASKS, check_data_files, resolve_tasks
 from report import provenance
+from report.output_folder import check_files, occupied
 from report.tables import format_table
 
 NOT_SUPPORTED = {
@@ -51,6 +53,7 @@ NOT_SUPPORTED = {
 # What changes no answer; the rest of the configuration is the run's fingerprint, but for the device.
 HOW_IT_RUNS = {"batch_size", "config", "log_samples", "max_batch_size", "metadata", "output_path"}
 HOW_IT_RUNS |= {"show_config", "verbosity", "write_out", *NOT_SUPPORTED}
+UNFINISHED = "unfinished"  # the folder in a run's folder where its results are written
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,14 +64,23 @@ def main(arguments: list[str] | None = None) -> None:
     manager, tasks, selected = load_tasks(config, data_files)
     for task in tasks:
         set_repeats(task, repeats, config)
+    for folder in (config.model_args.get(name) for name in ("pretrained", "peft")):
+        if folder is not None and Path(folder).is_dir():
+            check_files(folder)
     make_output(config)
+    with occupied(config.output_path):
+        run(config, fingerprint, manager, tasks, selected)
+
+
+def run(config: EvaluatorConfig, fingerprint: dict, manager: TaskManager, tasks: list[Task], selected: list) -> None:
+    """Load the model, answer what is not answered yet and write the results."""
     # An interrupted run may go on elsewhere.
     responses = Responses(config.output_path, {name: fingerprint[name] for name in fingerprint if name != "device"})
     lm = DipLM.create_from_arg_obj(
         {**config.model_args, "responses": responses},
         {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device},
     )
-    tracker = EvaluationTracker(output_path=config.output_path)
+    tracker = EvaluationTracker(output_path=str(Path(config.output_path) / UNFINISHED))
     results = evaluate(lm, config, manager, selected, tracker)
     gathered = lm.gather_object({task.task_name: confidences(lm, task) for task in tasks if metric_of(task)})
     if results is None:  # not the main process
@@ -341,16 +353,23 @@ def add_calibration(results: dict, tasks: list[Task], gathered: list[dict[str, l
 
 
 def save(results: dict, tracker: EvaluationTracker, config: EvaluatorConfig) -> None:
-    """Write the results, and the samples if they are asked for, as the harness does."""
+    """Write the results, and the samples if they are asked for, as the harness does; move them when all are whole."""
     samples = results.pop("samples")
     if config.show_config:
         print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    output, unfinished = Path(config.output_path), Path(config.output_path) / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
     tracker.save_results_aggregated(results=results, samples=samples if config.log_samples else None)
-    if results_file(config.output_path) is None:  # the harness only logs what went wrong
-        raise OSError(f"The results could not be written to {config.output_path}; the responses are kept there.")
     if config.log_samples:
         for name in results["configs"]:
             tracker.save_results_samples(task_name=name, samples=samples[name])
+    written = sorted(unfinished.glob("*/*"), reverse=True)  # the results last: they say that a run is finished
+    num_expected = 1 + len(results["configs"]) * config.log_samples
+    if len(written) != num_expected:  # the harness only logs what went wrong
+        raise OSError(f"The results could not be written to {output}; the responses are kept there.")
+    for path in written:
+        os.replace(path, output / path.relative_to(unfinished))
+    shutil.rmtree(unfinished)
 
 
 def format_results(results: dict) -> str:
