@@ -40,6 +40,8 @@ class DipTrainerMixin(_Base):
         TypeError: the model has no DIP adapter.
     """
 
+    _is_set_up = False
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._tuner()
@@ -51,6 +53,7 @@ class DipTrainerMixin(_Base):
         self._term_sums: torch.Tensor | None = None  # since the last log
         self._first_step_of_sums = 0
         self._run_of_sums: Any = None  # the state of the run that they belong to
+        self._is_set_up = True
 
     def _tuner(self) -> DipModel:
         tuner = getattr(self.model, "base_model", None)
@@ -62,9 +65,18 @@ class DipTrainerMixin(_Base):
 
     def train(self, *args, **kwargs):
         """As the base trainer's; calibrates first if the noise's scale or level is not known."""
-        if self._tuner().needs_calibration:
+        if self.model_init is None and self._tuner().needs_calibration:
             self._calibrate()
         return super().train(*args, **kwargs)
+
+    def call_model_init(self, *args, **kwargs):
+        """As the base trainer's; the model of a new run, which is not the one before it, is calibrated too."""
+        model = super().call_model_init(*args, **kwargs)
+        if self._is_set_up:
+            self.model = model.to(self.args.device) if self.place_model_on_device else model
+            if self._tuner().needs_calibration:
+                self._calibrate()
+        return model
 
     def _calibrate(self) -> None:
         with (

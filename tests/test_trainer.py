@@ -277,6 +277,26 @@ def test_the_loader_that_calibration_leaves_early_does_not_count_as_being_read(r
     assert being_read and not any(loader is calibration_loader for loader in being_read)
 
 
+def test_every_model_that_a_run_makes_is_calibrated(rows, tmp_path):
+    """`hyperparameter_search` has no model before a trial, nor has it that of the trial before."""
+
+    def trainer_of(**config):
+        def model_init():
+            return dip_model(init_noise_std=0.0, prior_weight=0.0, **config)
+
+        return make_trainer(None, rows, tmp_path, partial(DipTrainer, model_init=model_init))
+
+    trainer = trainer_of(noise_scale="absolute")  # nothing to calibrate
+    trainer.train()
+    fresh = trainer_of(noise_scale="relative")
+    for _ in range(2):
+        made = fresh.model
+        fresh.model = None
+        fresh.train()
+        assert fresh.model is not made
+        assert losses(fresh) == pytest.approx(losses(trainer), rel=1e-5)
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Rows that are read once, or from the start in every epoch."""
 
