@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, GitConfig, GitForCausalLM
 
-from dipnet_hf.architecture import decoder_layers, linears_of, plain_head
+from dipnet_hf.architecture import (
+    adds_router_loss,
+    decoder_layers,
+    layers_from,
+    linears_of,
+    plain_head,
+    router_loss_weight,
+)
 from tests.tiny_models import NUM_LAYERS, build
 
 
@@ -80,6 +87,19 @@ def test_several_stacks_that_may_be_the_texts_are_refused():
 
 class TextConfig(SimpleNamespace):
     num_hidden_layers = NUM_LAYERS
+
+
+def test_a_model_without_a_known_stack_runs_all_samples_from_its_inputs_on():
+    model = build("llama")
+    assert layers_from(model, ["model.layers.2"]) == [model.model.layers[2]]
+    model.config.num_hidden_layers = 2 * NUM_LAYERS
+    assert layers_from(model, ["model.layers.2"]) == []
+
+
+def test_experts_are_balanced_as_the_text_config_says():
+    text = SimpleNamespace(output_router_logits=True, router_aux_loss_coef=0.02)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: text))
+    assert adds_router_loss(model) and router_loss_weight(model) == 0.02
 
 
 def test_linears_that_learn_nothing_are_no_sites():
