@@ -126,6 +126,7 @@ class DipModel(BaseTuner):
         self._noise_on: ContextValue[bool | None] = ContextValue(None)
         self._pass: ContextValue[Pass] = ContextValue(FreshPass(KeySource()))
         self._memory = RecomputeMemory()
+        self._noise_has_run = False
         self.hidden_state_capture = HiddenStateCapture(model, without_noise=self.deterministic)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -256,7 +257,20 @@ class DipModel(BaseTuner):
 
     def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """End the pass that began last, and return what it makes of the output."""
+        if not self._noise_has_run and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_noise_ran()
         return self._pass.get().end(output)
+
+    def _check_noise_ran(self) -> None:
+        """Refuse to train a network whose sites are all passed by, as by kernels that replace the layers' forward."""
+        sampling = [projection for projection in self._projections if projection.sampling]
+        self._noise_has_run = any(projection.has_run for projection in sampling)
+        if sampling and not self._noise_has_run:
+            raise RuntimeError(
+                f"Noise is on, but none of the {len(sampling)} sites ran in this forward pass: something calls the "
+                f"layers' forward without their hooks, or never calls '{sampling[0].site.name}'. Make the model with "
+                "get_dip_model after it was patched, or choose sites that run."
+            )
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does; an ensemble looks at the prompt first."""

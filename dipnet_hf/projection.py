@@ -145,6 +145,11 @@ class DipProjection(nn.Module, BaseTunerLayer):
         """Set the draw for the forward pass that starts now."""
         self._use.draw, self._use.number = draw, 0
 
+    @property
+    def has_run(self) -> bool:
+        """Whether the site has used its draw in the latest forward pass of this thread."""
+        return self._use.number > 0
+
     def forget_draw(self) -> None:
         """Let go of the latest forward pass's draw; an ensemble's holds noise."""
         self._use.draw = None

@@ -5,6 +5,7 @@ stability term.
 """
 
 import itertools
+import logging
 import operator
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .architecture import adds_router_loss, shifts_labels
 from .batches import expand_batch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
 else:
     _Base = object
 
+_logger = logging.getLogger(__name__)
 _TERMS = ("nll", "prior", "stability")
 _NUM_CALIBRATION_BATCHES = 8
 
@@ -53,6 +55,7 @@ class DipTrainerMixin(_Base):
         self._term_sums: torch.Tensor | None = None  # since the last log
         self._first_step_of_sums = 0
         self._run_of_sums: Any = None  # the state of the run that they belong to
+        self.add_callback(NoiseReport())
         self._is_set_up = True
 
     def _tuner(self) -> DipModel:
@@ -238,6 +241,21 @@ class DipTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             self._tuner().active_dip_config.update_model_card(str(self.args.output_dir))
+
+
+class NoiseReport(TrainerCallback):
+    """Says at the start of training, in one line, where noise enters and how much."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """See the class."""
+        rows, config = model.base_model.noise_summary(), model.base_model.active_dip_config
+        mean = sum(row["mean"] for row in rows) / len(rows)
+        prior_std = "where it began" if config.prior_std is None else f"{config.prior_std:.3g}"
+        _logger.info(
+            "Noise at %d sites, %s to %s: std %.3g (%s), %d per row; prior of weight %.3g around %s",
+            *(len(rows), rows[0]["name"], rows[-1]["name"], mean, config.noise_scale),
+            *(config.num_samples, config.prior_weight, prior_std),
+        )
 
 
 def _may_be_read_once(dataset: Any) -> bool:

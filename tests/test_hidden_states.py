@@ -143,7 +143,15 @@ def test_autocast(monkeypatch):
 def test_other_logits_are_left_whole_and_a_warning_says_so():
     base = build("llama")
     forward = base.forward
-    base.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs), setattr(out, "logits", out.logits**3))[0]
+
+    def cubed(*args, labels=None, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits**3
+        if labels is not None:
+            output.loss = base.loss_function(logits=output.logits, labels=labels, vocab_size=base.config.vocab_size)
+        return output
+
+    base.forward = cubed
     model = absolute_model(base, init_noise_std=0.05)
     batch = make_batch("llama")
     with pytest.warns(UserWarning, match="logits of LlamaForCausalLM are not the plain output of its head"):

@@ -16,6 +16,7 @@ from tests.helpers import (
     assert_no_trace,
     assert_same,
     calibrated_model,
+    dip_model,
     logits,
     record,
     save_two_adapters,
@@ -306,3 +307,14 @@ def test_the_config_given_is_not_changed():
     before = copy.deepcopy(config)
     get_dip_model(build("llama"), config)
     assert config == before
+
+
+def test_training_whose_noise_never_runs_is_refused():
+    base = build("llama")
+    model = dip_model(base, noise_scale="absolute").train()
+    embedding, head = base.model.embed_tokens, base.lm_head
+    base.forward = lambda input_ids, **_: head(embedding(input_ids))  # as of kernels that know nothing of the hooks
+    with pytest.raises(RuntimeError, match=r"none of the 3 sites ran .*never calls 'model\.layers\.0'"):
+        model(input_ids=make_batch("llama")["input_ids"])
+    with model.deterministic():
+        model(input_ids=make_batch("llama")["input_ids"])

@@ -35,7 +35,7 @@ class FixedNoise(DipTrainerMixin, Trainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         for projection in projections(self.model).values():
-            projection.forward = lambda x, p=projection: self.noisy(p, x, inputs["input_ids"])
+            projection.forward = lambda x, from_host, p=projection: self.noisy(p, x, inputs["input_ids"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def noisy(self, projection, x, input_ids):
@@ -530,3 +530,11 @@ def test_the_trainer_serves_other_tasks(name, stability_loss_weight, tmp_path):
 def test_a_model_without_the_adapter_is_refused(rows, tmp_path):
     with pytest.raises(TypeError, match="DipTrainer needs a model from get_dip_model, got LlamaForCausalLM"):
         make_trainer(build("llama"), rows, tmp_path)
+
+
+def test_a_run_says_at_its_start_where_noise_enters(rows, tmp_path, caplog):
+    caplog.set_level("INFO", "dipnet_hf")
+    model = dip_model(calibration=[collate(list(rows))], init_noise_std=0.25, num_samples=2)
+    make_trainer(model, rows, tmp_path, DipTrainer, max_steps=1).train()
+    where = "Noise at 3 sites, model.layers.0 to model.layers.2: "
+    assert where + "std 0.25 (relative), 2 per row; prior of weight 0.1 around where it began" in caplog.text
