@@ -28,27 +28,36 @@ class SiteDraw(Protocol):
 
 
 class FreshDraw(NamedTuple):
-    """Fresh noise for every row: see `noise.draw_noise`."""
+    """Fresh noise for every row: see `noise.draw_noise`. The rows fall into `num_compared` parts with equal noise."""
 
     key: torch.Tensor
     antithetic: bool
     layout: Layout | None = None  # None for inputs that are no tensors: rows come first
     known_dims: TokenDims | None = None
     spares_padding: bool = False
+    num_compared: int = 1
 
     def project(self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int) -> torch.Tensor:
         """See `SiteDraw`."""
-        rows_dim = self._rows_dim(x, channel_dim) if self.antithetic else 0
+        rows_dim = self._rows_dim(x, channel_dim) if self.antithetic or self.num_compared > 1 else 0
         if rows_dim == 0:
-            u = project(x, logvar, scale, self.key, self.antithetic, channel_dim)
+            u = self._project_rows(x, logvar, scale, channel_dim)
         else:
             rows_first = x.movedim(channel_dim, -1).movedim(rows_dim, 0)
-            u = project(rows_first, logvar, scale, self.key, self.antithetic)
+            u = self._project_rows(rows_first, logvar, scale, -1)
             u = u.movedim(0, rows_dim).movedim(-1, channel_dim)
         if not self.spares_padding or self.layout is None or self.layout.mask is None:
             return u
         is_token = _mask_for(x.movedim(channel_dim, -1), self.layout, self.known_dims)
         return u if is_token is None else torch.where(is_token.movedim(-1, channel_dim), u, x)
+
+    def _project_rows(
+        self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int
+    ) -> torch.Tensor:
+        """Draw u for an input with its rows first."""
+        parts = [x] if self.num_compared == 1 else x.chunk(self.num_compared)
+        drawn = [project(part, logvar, scale, self.key, self.antithetic, channel_dim) for part in parts]
+        return drawn[0] if self.num_compared == 1 else torch.cat(drawn)
 
     def _rows_dim(self, x: torch.Tensor, channel_dim: int) -> int:
         shape = x.movedim(channel_dim, -1).shape[:-1]
@@ -57,9 +66,9 @@ class FreshDraw(NamedTuple):
         rows_dim = self.layout.rows_dim(shape, self.known_dims)
         if rows_dim is None:
             raise ValueError(
-                f"Samples in pairs have opposite noise row by row, and a site's input of shape {tuple(x.shape)} does "
-                f"not tell which of it belongs to which of {self.layout.num_rows} rows. Set sampling='independent', "
-                "or choose sites that see every token."
+                "Samples in pairs, and answers that are compared, have their noise row by row, and a site's input of "
+                f"shape {tuple(x.shape)} does not tell which of it belongs to which of {self.layout.num_rows} rows. "
+                "Set sampling='independent', or choose sites that see every token."
             )
         return rows_dim
 

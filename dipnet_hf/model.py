@@ -124,6 +124,7 @@ class DipModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._projections: list[DipProjection] = []
         self._noise_on: ContextValue[bool | None] = ContextValue(None)
+        self._noisy_adapter: ContextValue[str | None] = ContextValue(None)
         self._pass: ContextValue[Pass] = ContextValue(FreshPass(KeySource()))
         self._memory = RecomputeMemory()
         self._noise_has_run = False
@@ -133,6 +134,9 @@ class DipModel(BaseTuner):
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
         config = self._dip_config(adapter_name)
         self._check_new_adapter_config(config)
+        others = {name: self._dip_config(name) for name in self.peft_config if name != adapter_name}
+        check_weights(model, config, list(others.values()))
+        self._measured_alike = next((name for name, other in others.items() if config.calibrates_like(other)), None)
         set_task(config)
         self._sites = {site.name: site for site in find_sites(model, config)}
         check_sites(config, list(self._sites))
@@ -160,7 +164,6 @@ class DipModel(BaseTuner):
             raise ValueError(
                 "Tensor parallelism is not supported: its ranks would draw different noise for one token."
             )
-        check_weights(self.model, config, others=[c for c in self.peft_config.values() if c is not config])
 
     def _prepare_adapter_config(self, peft_config: DipConfig, model_config: dict) -> DipConfig:
         return peft_config
@@ -182,11 +185,12 @@ class DipModel(BaseTuner):
     ) -> None:
         projection = getattr(target, "dip_projection", None)
         if projection is None:
-            projection = DipProjection(self._sites[current_key], self._noise_on, self._memory)
+            projection = DipProjection(self._sites[current_key], self._noise_on, self._noisy_adapter, self._memory)
             projection.train(target.training)
             projection.attach(target)
         parameter = next(target.parameters(), None)
-        projection.add_adapter(adapter_name, peft_config, None if parameter is None else parameter.device)
+        device = None if parameter is None else parameter.device
+        projection.add_adapter(adapter_name, peft_config, device, self._measured_alike)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # only to put a layer back; PEFT's expects a `weight` in every layer
@@ -201,7 +205,15 @@ class DipModel(BaseTuner):
 
     @property
     def active_dip_config(self) -> DipConfig:
-        """The config of the active adapter."""
+        """The config of the active adapter.
+
+        Raises:
+            ValueError: no adapter is active, because the last one was deleted.
+        """
+        if not self.active_adapters:
+            raise ValueError(
+                "The model's last DIP adapter was deleted: call add_adapter(name, config) and set_adapter(name)."
+            )
         return self._dip_config(self.active_adapters[0])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -264,7 +276,8 @@ class DipModel(BaseTuner):
     def _check_noise_ran(self) -> None:
         """Refuse to train a network whose sites are all passed by, as by kernels that replace the layers' forward."""
         sampling = [projection for projection in self._projections if projection.sampling]
-        self._noise_has_run = any(projection.has_run for projection in sampling)
+        is_compiled = any(module._compiled_call_impl is not None for module in self.model.modules())
+        self._noise_has_run = is_compiled or any(projection.has_run for projection in sampling)
         if sampling and not self._noise_has_run:
             raise RuntimeError(
                 f"Noise is on, but none of the {len(sampling)} sites ran in this forward pass: something calls the "
@@ -307,8 +320,13 @@ class DipModel(BaseTuner):
         with self._noise_on.set_to(True), self._pass.set_to(FreshPass(KeySource(seed))):
             yield
 
+    @property
+    def in_ensemble(self) -> bool:
+        """Whether the model answers for the mean of several samples now, see `ensemble`."""
+        return isinstance(self._pass.get(), Ensemble)
+
     def _check_no_ensemble(self) -> None:
-        if isinstance(self._pass.get(), Ensemble):
+        if self.in_ensemble:
             raise ValueError("This model is in an ensemble, whose seed decides its noise: leave it first.")
 
     def deterministic(self) -> contextlib.AbstractContextManager[None]:
@@ -354,11 +372,16 @@ class DipModel(BaseTuner):
                 ensemble.stop()
 
     @contextlib.contextmanager
-    def sampled_rows(self) -> Iterator[None]:
+    def sampled_rows(self, num_compared: int = 1) -> Iterator[None]:
         """Context of a training pass on `num_samples` equal copies of a batch's rows; `dip_loss` enters it.
 
         The rows are laid out sample by sample. Layers below the first projected one run on one copy, so dropout there
-        is the same for all samples. The outputs have all rows.
+        is the same for all samples. The outputs have all rows. Only the active adapter has noise: another one that is
+        set meanwhile is a reference, which has none.
+
+        Args:
+            num_compared (`int`): the rows are so many equal parts, whose n-th rows are compared with each other (a
+                chosen and a rejected answer), so that they share their noise.
 
         Raises:
             ValueError: the model is in an ensemble.
@@ -367,12 +390,13 @@ class DipModel(BaseTuner):
         if not isinstance(outer, FreshPass):
             raise ValueError("The training objective cannot be computed inside model.ensemble(): leave it first.")
         config = self.active_dip_config
-        if config.num_samples == 1:
-            yield
-            return
-        names = [projection.site.name for projection in self._active_projections()]
-        expansion = LateExpansion(self.model, layers_from(self.model, names), config.num_samples)
-        with self._pass.set_to(FreshPass(outer.keys, config.uses_pairs, expansion)):
+        antithetic, expansion = False, None
+        if config.num_samples > 1:
+            names = [projection.site.name for projection in self._active_projections()]
+            expansion = LateExpansion(self.model, layers_from(self.model, names), config.num_samples)
+            antithetic = config.uses_pairs
+        fresh = FreshPass(outer.keys, antithetic, expansion, num_compared)
+        with self._noisy_adapter.set_to(self.active_adapters[0]), self._pass.set_to(fresh):
             yield
 
     def calibrate(self, batches: Iterable) -> None:
@@ -452,7 +476,7 @@ class DipModel(BaseTuner):
     @property
     def init_noise_std(self) -> float | None:
         """The std at which the active adapter's variances began, in units of the scale; None until it is known."""
-        std = self._active_projections()[0].init_std
+        std = next((projection.init_std for projection in self._active_projections()), math.nan)
         return None if math.isnan(std) else std
 
     def noise_summary(self) -> list[dict[str, Any]]:
@@ -542,8 +566,7 @@ class DipModel(BaseTuner):
         Raises:
             ValueError: `weights` is `"full"` or `"frozen"`, so there is no such adapter.
         """
-        adapter_name = self.active_adapters[0]
-        config = self._dip_config(adapter_name)
+        config, adapter_name = self.active_dip_config, self.active_adapters[0]
         if isinstance(config.weights, str):
             raise ValueError(
                 f"weights={config.weights!r} has no PEFT adapter to export. merge_and_unload().save_pretrained(...) "

@@ -44,17 +44,19 @@ class Pass(Protocol):
 
 @dataclass
 class FreshPass:
-    """Every row has noise of its own.
+    """Every row has noise of its own, or shares it with the rows that it is compared with.
 
     Args:
         keys (`KeySource`): what the noise of each pass is drawn from.
         antithetic (`bool`): the second half of the rows has the negative noise of the first half.
         expansion (`LateExpansion`, *optional*): the rows are copies, which part at the first projected layer.
+        num_compared (`int`): into how many equal parts, which share their noise, the rows fall.
     """
 
     keys: KeySource
     antithetic: bool = False
     expansion: LateExpansion | None = None
+    num_compared: int = 1
 
     def begin(
         self, args: tuple, kwargs: dict[str, Any], projections: list[DipProjection]
@@ -65,7 +67,10 @@ class FreshPass:
             return None, []
         layout = _layout(args, kwargs)
         draws = [
-            FreshDraw(key, self.antithetic, layout, projection.known_dims, projection.site.spares_padding)
+            FreshDraw(
+                *(key, self.antithetic, layout, projection.known_dims, projection.site.spares_padding),
+                num_compared=self.num_compared,
+            )
             for key, projection in zip(self.keys.next(len(projections)), projections, strict=True)
         ]
         return None if self.expansion is None else self.expansion.expand_copies(args, kwargs), draws

@@ -36,6 +36,7 @@ class SiteUse(PerThread):
 
     draw: SiteDraw | None = None
     number: int = 0
+    has_run: bool = False
 
 
 class DipProjection(nn.Module, BaseTunerLayer):
@@ -49,10 +50,17 @@ class DipProjection(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("dip_logvar",)
     other_param_names = ("dip_scale", "dip_init_std")
 
-    def __init__(self, site: Site, noise_on: ContextValue[bool | None], memory: RecomputeMemory) -> None:
+    def __init__(
+        self,
+        site: Site,
+        noise_on: ContextValue[bool | None],
+        noisy_adapter: ContextValue[str | None],
+        memory: RecomputeMemory,
+    ) -> None:
         super().__init__()
         self.site = site
         self.noise_on = noise_on  # of the whole model; None: on in `train()`, off in `eval()`
+        self.noisy_adapter = noisy_adapter  # if there is one, the others have no noise
         self.memory = memory
         self.dip_logvar = nn.ParameterDict()
         self.dip_scale = BufferDict({}, persistent=True)
@@ -63,17 +71,25 @@ class DipProjection(nn.Module, BaseTunerLayer):
         self.known_dims: TokenDims | None = None  # as far as calibration saw them
         self.register_load_state_dict_post_hook(_note_calibration)
 
-    def add_adapter(self, adapter_name: str, config: DipConfig, device: torch.device | None) -> None:
-        """Create the adapter's parameters, at `init_noise_std` everywhere."""
+    def add_adapter(
+        self, adapter_name: str, config: DipConfig, device: torch.device | None, measured_alike: str | None = None
+    ) -> None:
+        """Create the adapter's parameters, at `init_noise_std` everywhere.
+
+        What calibration would find is taken from `measured_alike`, an adapter for which it finds the same.
+        """
         size = self.site.num_channels if config.granularity == "channel" else 1
-        level_is_known = not isinstance(config.init_noise_std, str)
-        std = torch.tensor(config.init_noise_std if level_is_known else torch.nan, dtype=torch.float32, device=device)
-        logvar = 2 * torch.log(std.expand(size))
-        scale_is_known = config.noise_scale == "absolute" and level_is_known
-        scale = torch.full(
-            (self.site.num_channels,), 1.0 if scale_is_known else torch.nan, dtype=torch.float32, device=device
-        )
-        self.dip_logvar[adapter_name] = nn.Parameter(logvar)
+        if measured_alike is not None:
+            std, scale = self.dip_init_std[measured_alike].clone(), self.dip_scale[measured_alike].clone()
+        else:
+            level_is_known = not isinstance(config.init_noise_std, str)
+            level = config.init_noise_std if level_is_known else torch.nan
+            std = torch.tensor(level, dtype=torch.float32, device=device)
+            scale_is_known = config.noise_scale == "absolute" and level_is_known
+            scale = torch.full(
+                (self.site.num_channels,), 1.0 if scale_is_known else torch.nan, dtype=torch.float32, device=device
+            )
+        self.dip_logvar[adapter_name] = nn.Parameter(2 * torch.log(std.expand(size)))
         self.dip_scale[adapter_name] = scale
         self.dip_init_std[adapter_name] = std
         self.note_calibration()
@@ -95,13 +111,18 @@ class DipProjection(nn.Module, BaseTunerLayer):
         # Decoder layers call their attention with keywords only; the first tensor of others is what they work on too.
         tensors = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
         x = args[0] if args else kwargs.get("hidden_states", tensors[0])
-        u = self(x, from_host=True)
+        u = self._project(x)
         # An attention may be given one tensor as its queries, its keys and its values.
         changed = {name: u if value is x else value for name, value in kwargs.items()}
         return tuple(u if value is x else value for value in args), changed
 
     def _project_output(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return self(output, from_host=True)
+        return self._project(output)
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self._use.has_run = True
+        return self(x, from_host=True)
 
     @property
     def adapter(self) -> str | None:
@@ -136,19 +157,20 @@ class DipProjection(nn.Module, BaseTunerLayer):
     @property
     def sampling(self) -> bool:
         """Whether noise is on."""
-        if self.disable_adapters or self.adapter is None:
+        adapter = self.adapter
+        if self.disable_adapters or adapter is None or self.noisy_adapter.get() not in (None, adapter):
             return False
         on = self.noise_on.get()
         return self.training if on is None else on
 
     def set_draw(self, draw: SiteDraw) -> None:
         """Set the draw for the forward pass that starts now."""
-        self._use.draw, self._use.number = draw, 0
+        self._use.draw, self._use.number, self._use.has_run = draw, 0, False
 
     @property
     def has_run(self) -> bool:
-        """Whether the site has used its draw in the latest forward pass of this thread."""
-        return self._use.number > 0
+        """Whether the site ran in this thread's latest forward pass with noise; a compiled one does not tell."""
+        return self._use.has_run
 
     def forget_draw(self) -> None:
         """Let go of the latest forward pass's draw; an ensemble's holds noise."""

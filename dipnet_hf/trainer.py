@@ -17,9 +17,11 @@ from transformers import Trainer, TrainerCallback
 
 from .architecture import adds_router_loss, shifts_labels
 from .batches import expand_batch
+from .config import DipConfig
 from .loss import class_outputs, sampled_data_terms
 from .model import DipModel
 from .objective import stability_outputs, stability_penalty
+from .trl_trainers import TRL_TRAINERS, check_ensemble, check_trl_trainer, find_trl_trainer, model_inputs
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
     _Base = Trainer
@@ -38,15 +40,32 @@ class DipTrainerMixin(_Base):
     the training loss. The log-variances have their own optimizer group. A model that needs it is calibrated on the
     first batches of the training data.
 
+    In TRL's trainers a reference has no noise, and the chosen and the rejected answer of a pair share theirs.
+
     Raises:
         TypeError: the model has no DIP adapter.
+        ValueError: a trainer of TRL that does not work with noise, or not with this config; or no adapter is active.
     """
 
     _is_set_up = False
+    _trl_trainers = TRL_TRAINERS
 
     def __init__(self, *args, **kwargs):
+        model, ref_model = (*args, None, None)[:2]  # where TRL's trainers with a reference have them
+        model, ref_model = kwargs.get("model", model), kwargs.get("ref_model", ref_model)
+        tuner = getattr(model, "base_model", None)
+        config, calibrated, kept = kwargs.get("peft_config"), False, {}
+        if isinstance(tuner, DipModel):
+            config, calibrated = tuner.active_dip_config, not tuner.needs_calibration
+            kept = {name: tensor.clone() for name, tensor in tuner.state_dict().items() if "dip_logvar" in name}
+        self._trl = find_trl_trainer(type(self), self._trl_trainers)
+        if self._trl is not None and isinstance(config, DipConfig):
+            check_trl_trainer(self._trl, config, calibrated, ref_model is not None)
         super().__init__(*args, **kwargs)
-        self._tuner()
+        # TRL casts the trainable parameters of a quantized model to bfloat16, where small steps of logvar vanish.
+        for name, parameter in self._tuner().named_parameters():
+            if "dip_logvar" in name and parameter.dtype != torch.float32:
+                parameter.data = kept.get(name, parameter.data).float()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"DataParallel over {self.args.n_gpu} GPUs is not supported: start one process a GPU with "
@@ -90,11 +109,21 @@ class DipTrainerMixin(_Base):
             if self.args.dataloader_num_workers == 0 and _may_be_read_once(self.train_dataset):
                 self.train_dataset = _Replayed(self.train_dataset)
             loader = self.get_train_dataloader()
-            self._tuner().calibrate(itertools.islice(loader, _NUM_CALIBRATION_BATCHES))
+            batches = itertools.islice(loader, _NUM_CALIBRATION_BATCHES)
+            self._tuner().calibrate(map(self._calibration_batch, batches))
         # A loader that was left before its end still counts as being read.
         gradient_state = self.accelerator.gradient_state
         if any(loader is active for active in gradient_state.dataloader_references):
             gradient_state._remove_dataloader(loader)
+
+    def _calibration_batch(self, batch: Any) -> Any:
+        """A batch of the training data as the model's inputs."""
+        return batch if self._trl is None else model_inputs(batch)
+
+    def compute_ref_log_probs(self, *args, **kwargs):
+        """As TRL's, before training and in evaluation: a reference has no noise."""
+        with self._tuner().deterministic():
+            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args, **kwargs):
         """As the base trainer's, with the log-variances in a group of their own, without weight decay.
@@ -132,14 +161,14 @@ class DipTrainerMixin(_Base):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective in training, in one forward; the base trainer's loss in evaluation."""
         if not self._tuner().training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         tuner = self._tuner()
         if self._can_compute_own_terms(inputs, return_outputs):
             loss, nll, stability = self._own_terms(model, inputs, num_items_in_batch)
             outputs = None
         else:
             inputs = expand_batch(inputs, tuner.active_dip_config.num_samples)
-            loss, nll, stability, outputs = self._base_terms(model, inputs, num_items_in_batch)
+            loss, nll, stability, outputs = self._base_terms(model, inputs, num_items_in_batch, return_outputs)
         prior = tuner.prior_loss()
         if self._losses_are_added(num_items_in_batch):
             prior = prior / self.current_gradient_accumulation_steps
@@ -149,6 +178,12 @@ class DipTrainerMixin(_Base):
         )
         loss = loss + prior
         return (loss, outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch) -> Any:
+        """The base trainer's loss, of the mean inside `model.ensemble`."""
+        if self._trl is not None and self._tuner().in_ensemble:
+            check_ensemble(self._trl)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
     def _can_compute_own_terms(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
         """Whether nobody asks for the outputs and the data loss is known to be the plain negative log-likelihood."""
@@ -174,14 +209,15 @@ class DipTrainerMixin(_Base):
         return terms.total * scale, terms.nll * scale, terms.stability * scale
 
     def _base_terms(
-        self, model, inputs: dict[str, Any], num_items_in_batch
+        self, model, inputs: dict[str, Any], num_items_in_batch, return_outputs: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
         """Eqs. (2) + (4), each of them, and the outputs: (2) is the base trainer's loss of S times the rows."""
         config = self._tuner().active_dip_config
         num_rows_items = None if num_items_in_batch is None else num_items_in_batch * config.num_samples
-        with self._tuner().sampled_rows():
+        needs_outputs = return_outputs or bool(config.stability_loss_weight)
+        with self._tuner().sampled_rows(1 if self._trl is None else self._trl.num_compared):
             # A copy, as label smoothing and losses of one's own take the labels out.
-            nll, outputs = self._data_loss(model, dict(inputs), num_rows_items)
+            nll, outputs = self._data_loss(model, dict(inputs), num_rows_items, needs_outputs)
         stability = nll.new_zeros(())
         if config.stability_loss_weight:
             outputs_SN = self._supervised_outputs(outputs, inputs)
@@ -190,9 +226,14 @@ class DipTrainerMixin(_Base):
             stability = penalty * self._item_weight(num_tokens, num_items_in_batch)
         return nll + stability, nll, stability, outputs
 
-    def _data_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> Any:
-        """Eq. (2) and the model's outputs, in one forward."""
-        return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+    def _data_loss(
+        self, model, inputs: dict[str, Any], num_items_in_batch, return_outputs: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Eq. (2) and the model's outputs, None unless asked for: TRL's trainers run another forward for them."""
+        result: Any = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        return result if return_outputs else (result, None)
 
     def _supervised_outputs(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """f of eq. (4) at the supervised labels: `(S * N,)` log-probabilities or `(S * N, V)` logits."""

@@ -57,13 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one configuration from the command line's arguments to `results.json`."""
     args = parse_arguments(arguments)
     config = load_distill_config(args.config, args.set)
-    with occupied(config.training["output_dir"]):
-        distil(config)
-
-
-def distil(config: DistillConfig) -> None:
-    """Train the student, compare it with its teacher and write the results."""
     run = load_teacher_config(config.teacher)
+    with occupied(config.training["output_dir"]):
+        distil(config, run)
+
+
+def distil(config: DistillConfig, run: FinetuneConfig) -> None:
+    """Train the student, compare it with its teacher and write the results."""
     output_dir = Path(config.training["output_dir"])
     check_output_dir(output_dir, config)
     training_args = config.training_arguments()

@@ -13,12 +13,21 @@ import torch
 import torch.multiprocessing
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, OFTConfig
-from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from dipnet_hf import DipConfig, DipTrainer, get_dip_model
 from dipnet_hf.noise import BLOCK_LENGTH, fold_in
 from dipnet_hf.projection import DipProjection
-from tests.tiny_models import build, make_batch
+from tests.tiny_models import VOCAB_SIZE, build, make_batch
 
 # ---- models ----
 
@@ -229,6 +238,14 @@ def make_trainer(model, rows, tmp_path, trainer_class=DipTrainer, **arguments):
     defaults = dict(use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
     arguments = TrainingArguments(output_dir=str(tmp_path), **{**defaults, **arguments})
     return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+
+
+def word_tokenizer():
+    """A tokenizer of the tiny models: token 17 is the word "w17", after padding, the beginning and the end."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB_SIZE)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
 
 
 def losses(run):

@@ -37,5 +37,5 @@ def test_what_cannot_be_repeated_is_refused():
         ValueError, match=r"position_ids of shape \(3, 2, 3\) does not have one for each of the 2 rows"
     ):
         expand_batch(batch, 2)
-    with pytest.raises(ValueError, match="repeats the rows of `labels`"):
+    with pytest.raises(ValueError, match="repeats the rows of `labels`.*Use num_samples=1"):
         expand_batch({"input_ids": torch.zeros(2, 3)}, 2)

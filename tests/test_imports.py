@@ -68,8 +68,9 @@ TABLE = {
     "registry": Row(ours="config model", others="peft"),
     # What uses it.
     "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
-    "trainer": Row(ours="architecture batches loss model objective", others="torch transformers"),
-    "sft_trainer": Row(ours="trainer", others="torch transformers trl"),
+    "trl_trainers": Row(ours="batches config"),
+    "trainer": Row(ours="architecture batches config loss model objective trl_trainers", others="torch transformers"),
+    "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),
     "lm_eval_model": Row(ours="answers ensemble model noise responses", others="lm_eval peft torch transformers"),

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import dipnet_hf
-from dipnet_hf import DipConfig, get_dip_model
+from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from tests.helpers import (
     WEIGHTS,
     assert_no_trace,
@@ -22,7 +22,15 @@ from tests.helpers import (
     save_two_adapters,
     trained_model,
 )
-from tests.tiny_models import NUM_LAYERS, build, build_task, make_batch, make_task_batch
+from tests.tiny_models import (
+    NUM_LAYERS,
+    build,
+    build_task,
+    build_with_outliers,
+    make_batch,
+    make_outlier_batch,
+    make_task_batch,
+)
 
 NAMES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "vit"]
 # OFT has no layer for the Conv1D of GPT-2, and DoRA none for experts.
@@ -318,3 +326,36 @@ def test_training_whose_noise_never_runs_is_refused():
         model(input_ids=make_batch("llama")["input_ids"])
     with model.deterministic():
         model(input_ids=make_batch("llama")["input_ids"])
+
+
+@pytest.mark.parametrize("level", [0.1, "auto"])
+def test_an_adapter_with_the_same_noise_needs_no_calibration_of_its_own(level):
+    model = get_dip_model(
+        build_with_outliers(), DipConfig(weights=LoraConfig(), init_noise_std=level), [make_outlier_batch()]
+    )
+    expected = model.noise_summary()
+    model.add_adapter("twin", model.peft_config["default"])
+    model.add_adapter("alike", DipConfig(weights=IA3Config(), init_noise_std=level, num_samples=2))
+    model.delete_adapter("default")
+    model.add_adapter("default", DipConfig(weights=LoraConfig(), init_noise_std=level))
+    for name in ("twin", "alike", "default"):
+        model.set_adapter(name)
+        assert not model.needs_calibration and model.noise_summary() == expected
+    model.add_adapter("other", DipConfig(weights=LoraConfig(), init_noise_std=0.2))
+    model.set_adapter("other")
+    assert model.needs_calibration
+
+
+def test_a_model_without_an_adapter_says_so():
+    model = calibrated_model(weights="frozen")
+    model.delete_adapter("default")
+    for ask in (
+        lambda: dip_loss(model, make_batch("llama")),
+        model.prior_loss,
+        lambda: model.export_weights_adapter(""),
+    ):
+        with pytest.raises(ValueError, match=r"last DIP adapter was deleted: call add_adapter.* and set_adapter"):
+            ask()
+    model.add_adapter("new", DipConfig(weights="frozen", init_noise_std=0.1, noise_scale="absolute"))
+    model.set_adapter("new")
+    assert dip_loss(model, make_batch("llama")).loss.isfinite()

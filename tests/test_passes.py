@@ -117,3 +117,27 @@ def test_a_training_pass_that_failed_in_an_upper_layer_leaves_no_trace_in_the_ne
         hook.remove()
         with model.deterministic():
             assert torch.equal(logits(model, batch), plain)
+
+
+def test_an_adapter_that_is_set_within_a_training_pass_is_a_reference(batch):
+    model = dip_model(weights="frozen", noise_scale="absolute").train()
+    model.add_adapter("reference", model.peft_config["default"])
+    plain = logits(build("llama"), batch)
+    with model.sampled_rows():
+        assert not torch.equal(logits(model, batch), plain)
+        model.set_adapter("reference")
+        assert torch.equal(logits(model, batch), plain)
+        model.set_adapter("default")
+        assert not torch.equal(logits(model, batch), plain)
+    model.set_adapter("reference")
+    assert not torch.equal(logits(model, batch), plain)
+
+
+@pytest.mark.parametrize("target_sites", ["decoder_layer", "attention", "linear"])
+def test_rows_that_are_compared_share_their_noise(batch, target_sites):
+    model = dip_model(noise_scale="absolute", target_sites=target_sites).train()
+    rows = {name: tensor[:1].repeat(4, 1) for name, tensor in batch.items()}
+    with model.sampled_rows(num_compared=2):
+        first, second = logits(model, rows).chunk(2)
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(first[0], first[1], atol=1e-3)

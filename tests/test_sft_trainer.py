@@ -3,15 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11")
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from dipnet_hf import DipConfig, DipSFTTrainer, DipTrainer, dip_loss, get_dip_model
+from tests.helpers import word_tokenizer
 from tests.tiny_models import build, make_batch
 
 # trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
@@ -20,10 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 64)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<s>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +175,39 @@ def test_logvar_survives_the_cast_of_a_quantized_model(tokenizer, rows, tmp_path
     after = trainer.model.logvars()
     assert all(logvar.dtype == torch.float32 for logvar in after)
     assert all(map(torch.equal, after, before)) and len(after) == len(before)
+
+
+@pytest.mark.parametrize("config", [{}, {"num_samples": 2, "stability_loss_weight": 1e-9}], ids=str)
+def test_dft_is_trls(tokenizer, rows, tmp_path, config):
+    config = {"init_noise_std": 0.0, "prior_weight": 0.0} | config
+    trainer, _, _ = train(tokenizer, rows, tmp_path, config=config, loss_type="dft")
+    stock = SFTTrainer(build("llama"), trainer.args, train_dataset=rows, processing_class=tokenizer)
+    stock.train()
+    nll, expected = trainer.state.log_history[0]["nll"], stock.state.log_history[0]["loss"]
+    assert nll == pytest.approx(expected, rel=1e-5) and nll < 0.1  # of the plain loss, ln 64 = 4.16
+
+
+def test_dft_has_no_logits(tokenizer, rows, tmp_path):
+    config = {"num_samples": 2, "stability_loss_weight": 0.3, "stability_target": "logits"}
+    with pytest.raises(
+        ValueError, match='"logits" needs loss_type="nll", got \'dft\': use stability_target="log_prob"'
+    ):
+        train(tokenizer, rows, tmp_path, config=config, loss_type="dft")
+
+
+def test_evaluation_in_an_ensemble_is_of_the_mean(tokenizer, rows, tmp_path):
+    model = get_dip_model(build("llama"), DipConfig(weights="full", init_noise_std=0.5, noise_scale="absolute"))
+    arguments = {"per_device_eval_batch_size": 8, "use_cpu": True, "bf16": False, "report_to": [], "max_length": 16}
+    args = SFTConfig(output_dir=str(tmp_path), **arguments)
+    trainer = DipSFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    (batch,) = trainer.get_eval_dataloader()
+    with model.ensemble(num_samples=4):
+        found = trainer.evaluate()["eval_loss"]
+        with torch.no_grad():
+            expected = model(**batch).loss.item()
+        trainer.args.loss_type = "dft"
+        with pytest.raises(ValueError, match='needs loss_type="nll".*evaluate outside model.ensemble'):
+            trainer.evaluate()
+    trainer.args.loss_type = "nll"
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)

@@ -538,3 +538,10 @@ def test_a_run_says_at_its_start_where_noise_enters(rows, tmp_path, caplog):
     make_trainer(model, rows, tmp_path, DipTrainer, max_steps=1).train()
     where = "Noise at 3 sites, model.layers.0 to model.layers.2: "
     assert where + "std 0.25 (relative), 2 per row; prior of weight 0.1 around where it began" in caplog.text
+
+
+def test_a_model_whose_adapter_was_deleted_is_refused(rows, tmp_path):
+    model = dip_model()
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="last DIP adapter was deleted"):
+        make_trainer(model, rows, tmp_path)

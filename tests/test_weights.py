@@ -228,3 +228,11 @@ def test_embeddings_are_saved_where_peft_saves_them(weights, tied, tmp_path):
         loaded = PeftModel.from_pretrained(base(False), tmp_path).eval()
         batch = {"input_ids": torch.tensor([[3, 62, 63, 5]])}
         assert torch.equal(logits(model, batch), logits(loaded, batch))
+
+
+def test_a_copy_of_full_weights_is_refused():
+    """The copy would train and change the very weights that it is a copy of."""
+    model = calibrated_model(weights="full")
+    with pytest.raises(ValueError, match='weights="full" changes the base weights'):
+        model.add_adapter("copy", model.peft_config["default"])
+    assert_same(model, calibrated_model(weights="full"))
