@@ -58,6 +58,8 @@ _KNOWN_LAYER_INPUTS = {
 }
 # Models that give their layers' output the shape of the inputs' rows.
 _FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
+# Rows and sequence of what decoder layers get, where they do not come first: the length does, or the streams.
+_TOKEN_DIMS: dict[str | None, tuple[int, int]] = {"xlnet": (1, 0), "gemma3n_text": (1, 2)}
 # Modules whose output is a choice, through which no gradient passes.
 _CHOOSER = re.compile(r"Indexer|PhimoeTopKRouter")
 # Factors of the logits by the names that configs give them, and whether they multiply or divide.
@@ -107,7 +109,14 @@ def context_length(model: Any) -> int | None:
         rope = {"all layers": rope}  # not one for each kind of layer, as Gemma 3 has it
     if any((kind or {}).get("rope_type", "default") != "default" for kind in rope.values()):
         return None
-    return getattr(config, "max_position_embeddings", None)
+    length = getattr(config, "max_position_embeddings", None)
+    return length if length is not None and length > 0 else None  # XLNet's is -1
+
+
+def token_dims(model: Any) -> tuple[int, int] | None:
+    """The dimensions of rows and sequence in what its layers get, None for the usual ones or where it is not known."""
+    config = text_config(model) if isinstance(model, PreTrainedModel) else None
+    return _TOKEN_DIMS.get(getattr(config, "model_type", None))
 
 
 # ---- layers and their parts ----

@@ -240,11 +240,11 @@ class DipConfig(PeftConfig):
     def modules_to_save(self, names: list[str]) -> None:
         self.weights.modules_to_save = names  # type: ignore[union-attr]
 
-    def calibrates_like(self, other: "DipConfig") -> bool:
-        """Whether calibration finds the same for both on one model, before its weights have learned."""
+    @property
+    def calibration_key(self) -> list[Any]:
+        """What calibration's result depends on: two adapters with one key get the same noise on one model."""
         sites = ["target_sites", "target_modules", "layers_to_transform", "layers_pattern"]
-        names = [*sites, "noise_scale", "init_noise_std", "init_loss_increase"]
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        return [getattr(self, name) for name in (*sites, "noise_scale", "init_noise_std", "init_loss_increase")]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them; the config of the weights is nested."""

@@ -28,6 +28,7 @@ class ContextValue(Generic[Value]):
 
     def __init__(self, default: Value) -> None:
         self._default = default
+        self._entered: list[tuple[object, Value]] = []  # of all threads, the latest last
         self._latest = default
 
     def __reduce__(self):
@@ -42,8 +43,10 @@ class ContextValue(Generic[Value]):
     @contextmanager
     def set_to(self, value: Value) -> Iterator[None]:
         """Context in which the value is another."""
-        previous, previous_latest = _VALUES.get(), self._latest
+        previous = _VALUES.get()
         _VALUES.set({**previous, self: value})
+        entry = (object(), value)
+        self._entered.append(entry)
         self._latest = value
         try:
             yield
@@ -51,7 +54,9 @@ class ContextValue(Generic[Value]):
             # Not by a token: a server may end a generator in another context than the one in which it began.
             others = {key: other for key, other in _VALUES.get().items() if key is not self}
             _VALUES.set({**others, self: previous[self]} if self in previous else others)
-            self._latest = previous_latest
+            # Blocks of several threads may end in any order.
+            self._entered.remove(entry)
+            self._latest = self._entered[-1][1] if self._entered else self._default
 
 
 class PerThread(threading.local):

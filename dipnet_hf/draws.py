@@ -55,9 +55,15 @@ class FreshDraw(NamedTuple):
         self, x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, channel_dim: int
     ) -> torch.Tensor:
         """Draw u for an input with its rows first."""
-        parts = [x] if self.num_compared == 1 else x.chunk(self.num_compared)
-        drawn = [project(part, logvar, scale, self.key, self.antithetic, channel_dim) for part in parts]
-        return drawn[0] if self.num_compared == 1 else torch.cat(drawn)
+        if self.num_compared == 1:
+            return project(x, logvar, scale, self.key, self.antithetic, channel_dim)
+        if len(x) % self.num_compared:
+            raise ValueError(
+                f"Answers that are compared share their noise row by row, but a site's input of {tuple(x.shape)} "
+                f"does not have {self.num_compared} equal parts. Set padding_free=False."
+            )
+        parts = x.chunk(self.num_compared)
+        return torch.cat([project(part, logvar, scale, self.key, self.antithetic, channel_dim) for part in parts])
 
     def _rows_dim(self, x: torch.Tensor, channel_dim: int) -> int:
         shape = x.movedim(channel_dim, -1).shape[:-1]

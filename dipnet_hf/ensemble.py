@@ -156,9 +156,10 @@ class Ensemble:
             self._check_positions(positions_BL, padded=inputs.get("attention_mask") is not None)
             positions = locate(positions_BL, main.device)
             kept = inputs.get("logits_to_keep")
+            spares_padding = any(projection.site.spares_padding for projection in projections)
             layout = layout._replace(
                 length=main.shape[1],
-                mask=padding_mask(inputs, main.shape[1]),
+                mask=padding_mask(inputs, main.shape[1]) if spares_padding else None,
                 num_kept=kept if isinstance(kept, int) else None,
             )
         draws = [

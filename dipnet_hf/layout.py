@@ -54,7 +54,11 @@ class Layout(NamedTuple):
         if self.length is None:
             return None
         found = find_token_dims(shape, self.num_rows, self.length)
-        return known if known in found else next(iter(found), None)
+        if known in found:
+            return known
+        if found and shape[0] == self.num_rows and 0 not in found[0]:
+            return None  # as many heads as rows, say
+        return next(iter(found), None)
 
     def rows_dim(self, shape: Sequence[int], known: TokenDims | None) -> int | None:
         """The dimension whose halves are those of the rows, None if that cannot be told; see `token_dims`."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMode
 
 from . import objective
-from .architecture import TEXT_INPUTS, is_encoder_decoder, layers_from, layers_if_any, takes_tokens
+from .architecture import TEXT_INPUTS, is_encoder_decoder, layers_from, layers_if_any, takes_tokens, token_dims
 from .calibration import calibrate, noise_sweep
 from .calibration_loss import CalibrationLoss
 from .config import DipConfig
@@ -25,6 +25,7 @@ from .draws import RecomputeMemory
 from .ensemble import AVERAGES, Ensemble, check_prompt
 from .hidden_states import HiddenStateCapture
 from .late_expansion import Inputs, LateExpansion
+from .layout import TokenDims
 from .noise import KeySource
 from .passes import FreshPass, Pass
 from .projection import DipProjection
@@ -40,6 +41,8 @@ from .weights import (
     tuner_of,
     upgrade_noise,
 )
+
+_MAX_SILENT_PASSES = 8
 
 
 def get_dip_model(
@@ -127,16 +130,20 @@ class DipModel(BaseTuner):
         self._noisy_adapter: ContextValue[str | None] = ContextValue(None)
         self._pass: ContextValue[Pass] = ContextValue(FreshPass(KeySource()))
         self._memory = RecomputeMemory()
-        self._noise_has_run = False
+        self._num_silent_passes: int | None = 0  # with noise on and no site that ran; None: one has run
+        self._calibration_keys: dict[str, list[Any]] = {}
         self.hidden_state_capture = HiddenStateCapture(model, without_noise=self.deterministic)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject the weights' adapter, then the projections, so that noise enters the layer with its adapter."""
         config = self._dip_config(adapter_name)
         self._check_new_adapter_config(config)
-        others = {name: self._dip_config(name) for name in self.peft_config if name != adapter_name}
-        check_weights(model, config, list(others.values()))
-        self._measured_alike = next((name for name, other in others.items() if config.calibrates_like(other)), None)
+        check_weights(model, config, [self._dip_config(name) for name in self.peft_config if name != adapter_name])
+        # A copy of an adapter is added with its very config, as TRL's reference is; which may be changed before that.
+        key = config.calibration_key
+        copied = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        self._copied = next((name for name in copied if self._calibration_keys[name] == key), None)
+        self._calibration_keys[adapter_name] = key
         set_task(config)
         self._sites = {site.name: site for site in find_sites(model, config)}
         check_sites(config, list(self._sites))
@@ -185,12 +192,16 @@ class DipModel(BaseTuner):
     ) -> None:
         projection = getattr(target, "dip_projection", None)
         if projection is None:
-            projection = DipProjection(self._sites[current_key], self._noise_on, self._noisy_adapter, self._memory)
+            dims = token_dims(self.model)
+            projection = DipProjection(
+                *(self._sites[current_key], self._noise_on, self._noisy_adapter, self._memory),
+                token_dims=None if dims is None else TokenDims(*dims),
+            )
             projection.train(target.training)
             projection.attach(target)
         parameter = next(target.parameters(), None)
         device = None if parameter is None else parameter.device
-        projection.add_adapter(adapter_name, peft_config, device, self._measured_alike)
+        projection.add_adapter(adapter_name, peft_config, device, self._copied)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # only to put a layer back; PEFT's expects a `weight` in every layer
@@ -220,6 +231,7 @@ class DipModel(BaseTuner):
         """Set the active adapter. Only one can be active: two would add two independent noises to one input."""
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"One DIP adapter can be active at a time, got {list(adapter_name)}.")
+        self._num_silent_passes = 0
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -228,6 +240,7 @@ class DipModel(BaseTuner):
             raise ValueError(f"Adapter {adapter_name} does not exist, the model holds {list(self.peft_config)}.")
         _check_adapters_not_merged(self.model, adapter_name)
         del self.peft_config[adapter_name]
+        self._calibration_keys.pop(adapter_name, None)
         remaining = list(self.peft_config)
         if adapter_name in self.active_adapters and remaining:
             self.set_adapter(remaining[0], inference_mode=self.peft_config[remaining[0]].inference_mode)
@@ -269,7 +282,8 @@ class DipModel(BaseTuner):
 
     def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """End the pass that began last, and return what it makes of the output."""
-        if not self._noise_has_run and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if self._num_silent_passes is not None and torch.is_grad_enabled() and not is_compiling:
             self._check_noise_ran()
         return self._pass.get().end(output)
 
@@ -277,13 +291,17 @@ class DipModel(BaseTuner):
         """Refuse to train a network whose sites are all passed by, as by kernels that replace the layers' forward."""
         sampling = [projection for projection in self._projections if projection.sampling]
         is_compiled = any(module._compiled_call_impl is not None for module in self.model.modules())
-        self._noise_has_run = is_compiled or any(projection.has_run for projection in sampling)
-        if sampling and not self._noise_has_run:
-            raise RuntimeError(
-                f"Noise is on, but none of the {len(sampling)} sites ran in this forward pass: something calls the "
-                f"layers' forward without their hooks, or never calls '{sampling[0].site.name}'. Make the model with "
-                "get_dip_model after it was patched, or choose sites that run."
-            )
+        if is_compiled or any(projection.has_run for projection in sampling):
+            self._num_silent_passes = None
+        elif sampling and self._num_silent_passes is not None:
+            self._num_silent_passes += 1  # some passes may do without: a text without an image, a dropped layer
+            if self._num_silent_passes == _MAX_SILENT_PASSES:
+                raise RuntimeError(
+                    f"Noise is on, but none of the {len(sampling)} sites ran in {_MAX_SILENT_PASSES} forward passes: "
+                    "something calls the layers' forward without their hooks, or never calls "
+                    f"'{sampling[0].site.name}'. Make the model with get_dip_model after it was patched, or choose "
+                    "sites that run."
+                )
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does; an ensemble looks at the prompt first."""

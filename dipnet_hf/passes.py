@@ -66,6 +66,8 @@ class FreshPass:
         if not projections:
             return None, []
         layout = _layout(args, kwargs)
+        if layout is not None and not any(projection.site.spares_padding for projection in projections):
+            layout = layout._replace(mask=None)  # draws are remembered, and would keep it alive
         draws = [
             FreshDraw(
                 *(key, self.antithetic, layout, projection.known_dims, projection.site.spares_padding),
@@ -89,6 +91,8 @@ def _layout(args: tuple, kwargs: dict[str, Any]) -> Layout | None:
         text = tensors[0]
     if text is None:
         return Layout(tensors[0].shape[0]) if tensors else None
+    if text.dim() < 2:
+        return Layout(len(text))
     num_rows, length = text.shape[:2]
     others = [value for name, value in kwargs.items() if name not in ROW_INPUTS and isinstance(value, torch.Tensor)]
     # Images are numbers, and a decoder's tokens are of another length than its encoder's.

@@ -56,6 +56,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
         noise_on: ContextValue[bool | None],
         noisy_adapter: ContextValue[str | None],
         memory: RecomputeMemory,
+        token_dims: TokenDims | None = None,
     ) -> None:
         super().__init__()
         self.site = site
@@ -68,19 +69,19 @@ class DipProjection(nn.Module, BaseTunerLayer):
         self._init_stds: dict[str, float] = {}  # NaN where an adapter is not calibrated
         self._use = SiteUse()  # not attributes of the module, which are slow to set
         self.observer: Callable[[torch.Tensor], None] | None = None  # is shown the site's inputs by calibration
-        self.known_dims: TokenDims | None = None  # as far as calibration saw them
+        self.known_dims = token_dims  # of the architecture, or what calibration saw
         self.register_load_state_dict_post_hook(_note_calibration)
 
     def add_adapter(
-        self, adapter_name: str, config: DipConfig, device: torch.device | None, measured_alike: str | None = None
+        self, adapter_name: str, config: DipConfig, device: torch.device | None, copied: str | None = None
     ) -> None:
         """Create the adapter's parameters, at `init_noise_std` everywhere.
 
-        What calibration would find is taken from `measured_alike`, an adapter for which it finds the same.
+        A copy of another adapter, `copied`, begins with what calibration has found for that.
         """
         size = self.site.num_channels if config.granularity == "channel" else 1
-        if measured_alike is not None:
-            std, scale = self.dip_init_std[measured_alike].clone(), self.dip_scale[measured_alike].clone()
+        if copied is not None:
+            std, scale = self.dip_init_std[copied].clone(), self.dip_scale[copied].clone()
         else:
             level_is_known = not isinstance(config.init_noise_std, str)
             level = config.init_noise_std if level_is_known else torch.nan
@@ -157,11 +158,11 @@ class DipProjection(nn.Module, BaseTunerLayer):
     @property
     def sampling(self) -> bool:
         """Whether noise is on."""
-        adapter = self.adapter
-        if self.disable_adapters or adapter is None or self.noisy_adapter.get() not in (None, adapter):
-            return False
         on = self.noise_on.get()
-        return self.training if on is None else on
+        if not (self.training if on is None else on) or self.disable_adapters:
+            return False
+        adapter = self.adapter
+        return adapter is not None and self.noisy_adapter.get() in (None, adapter)
 
     def set_draw(self, draw: SiteDraw) -> None:
         """Set the draw for the forward pass that starts now."""

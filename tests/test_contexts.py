@@ -205,3 +205,20 @@ def test_every_thread_has_its_own_attributes():
     counter.number = 1
     assert in_threads([lambda: counter.number]) == [0]
     assert copy.deepcopy(counter).number == 0 and counter.number == 1
+
+
+def test_blocks_that_end_in_any_order_leave_no_value_to_compiled_passes():
+    value = ContextValue("outside")
+    first, second = value.set_to("first"), value.set_to("second")
+
+    def enter_in_a_thread_of_its_own(block):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(block.__enter__).result()
+
+    enter_in_a_thread_of_its_own(first)
+    enter_in_a_thread_of_its_own(second)
+    assert value._latest == "second"
+    first.__exit__(None, None, None)
+    assert value._latest == "second"
+    second.__exit__(None, None, None)
+    assert value._latest == "outside" and value.get() == "outside"

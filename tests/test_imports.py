@@ -62,7 +62,7 @@ TABLE = {
     ),
     "model": Row(
         ours="architecture calibration calibration_loss config contexts draws ensemble hidden_states late_expansion "
-        "noise objective passes projection sites weights",
+        "layout noise objective passes projection sites weights",
         others="peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),

@@ -29,6 +29,36 @@ def test_what_is_known_of_a_site_decides_between_equal_sizes():
     assert layout.rows_dim((5, 9), known=TokenDims(1, 0)) == 0  # of another length than the text
 
 
+def test_as_many_heads_as_rows_are_not_taken_for_them():
+    layout = Layout(num_rows=4, length=7)
+    assert layout.token_dims((4, 4, 7), known=None) is None and layout.rows_dim((4, 4, 7), known=None) == 0
+    assert layout.token_dims((4, 4, 7), known=TokenDims(1, 2)) == TokenDims(1, 2)  # streams
+
+
+def test_an_ensemble_of_a_model_that_has_the_length_first_needs_no_calibration():
+    """Four samples of two rows are as many rows as there are tokens."""
+    model = dip_model(xlnet(), weights="frozen", noise_scale="absolute").eval()
+    ids = make_batch("llama", 2)["input_ids"][:, :8].clamp(min=3)
+    with torch.no_grad(), model.ensemble(4):
+        both, alone = model(input_ids=ids, use_mems=False).logits, model(input_ids=ids[:1], use_mems=False).logits
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_inputs_of_one_dimension_have_noise():
+    model = get_dip_model(
+        nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)),
+        DipConfig(weights="frozen", target_modules=["1"], noise_scale="absolute", init_noise_std=0.1),
+    )
+    ids = torch.tensor([1, 2, 3])
+    assert model.train()(ids).shape == (3, 4) and not torch.equal(model(ids), model.eval()(ids))
+
+
+def test_no_mask_is_remembered_where_no_site_asks_for_it():
+    model = dip_model("llama", noise_scale="absolute").train()
+    draws = FreshPass(KeySource()).begin((), make_batch("llama"), list(projections(model).values()))[1]
+    assert all(draw.layout.mask is None for draw in draws)
+
+
 @pytest.mark.parametrize(
     ("shape", "is_text", "expected"),
     [
@@ -89,6 +119,7 @@ def test_pairs_are_of_rows_wherever_these_stand(name, rows_dim, num_rows):
 def test_what_a_pass_tells_of_its_rows(others, is_text):
     batch = make_batch("llama")
     sites = list(projections(dip_model()).values())
+    sites[-1].site = sites[-1].site._replace(spares_padding=True)  # one that asks for the mask
     _, draws = FreshPass(KeySource(0), antithetic=True).begin((), {**batch, **others}, sites)
     for draw in draws:
         assert (draw.layout.num_rows, draw.layout.length, draw.layout.is_text) == (4, 10, is_text)
