@@ -107,7 +107,16 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if "iostream error" not in str(error):
+            raise
+        # All that torch.save says of a full disk.
+        raise OSError(
+            f"A checkpoint could not be written to {trainer.args.output_dir}: is the disk full? The run resumes from "
+            "the one before."
+        ) from error
 
 
 def save_model(trainer: Trainer, output_dir: Path) -> None:

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.faults
 
 NUM_KILLS = 30
 NUM_WRITES = 40  # more than any of the programs makes
-# The harness does not say why a file could not be written.
-REASONS = ("No space left on device", "File too large", "The results could not be written")
+# The harness and torch.save do not say why a file could not be written.
+REASONS = ("No space left on device", "File too large", "could not be written")
 PROGRAMS = {"finetune": "recipes.finetune", "distill": "recipes.distill", "eval": "eval.run"}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*PROGRAMS.values(), __name__])

@@ -1,11 +1,13 @@
 """Checkpoints of which a killed process left a part, and a model that is saved whole."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from recipes.running import last_whole_checkpoint
+from recipes.running import last_whole_checkpoint, train
 
 
 def save_checkpoint(folder, step):
@@ -39,3 +41,19 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog, file, share):
 def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
     (save_checkpoint(tmp_path, 4) / "trainer_state.json").unlink()
     assert last_whole_checkpoint(tmp_path) is None
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path):
+    class Full:
+        args = SimpleNamespace(output_dir=tmp_path)
+
+        def __init__(self, message):
+            self.message = message
+
+        def train(self, resume_from_checkpoint):
+            raise RuntimeError(self.message)
+
+    with pytest.raises(OSError, match="checkpoint could not be written to .*: is the disk full"):
+        train(Full("basic_ios::clear: iostream error"), None)
+    with pytest.raises(RuntimeError, match="another"):
+        train(Full("another"), None)
