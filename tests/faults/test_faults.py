@@ -228,4 +228,4 @@ def test_full_disk(program, tmp_path):
             assert start(program, folder).exitcode == 0, Path(f"{folder}.log").read_text()[-2000:]
         assert outcome(folder) == outcome(program.whole)
         shutil.rmtree(folder)
-    assert num_failed >= 10
+    assert num_failed >= 4
