@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu test-faults test-oldest style docs wheel bench bench-gpu lock clean
+.PHONY: help env demo test test-gpu test-faults test-oldest matrix style docs wheel bench bench-gpu lock clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ demo: .venv/.installed  ## fine-tune a tiny model with and without DIPNet; resul
 	.venv/bin/python recipes/demo.py
 
 # One thread a worker: the workers already use the cores.
-test test-gpu test-faults test-oldest: export OMP_NUM_THREADS = 1
+test test-gpu test-faults test-oldest matrix: export OMP_NUM_THREADS = 1
 
 test: .venv/.installed  ## the tests: CPU, no downloads (JOBS=n workers)
 	.venv/bin/python -m pytest -n $(JOBS) tests
@@ -44,6 +44,9 @@ test-gpu: .venv/.installed  ## the tests that need a CUDA device
 
 test-faults: .venv/.installed  ## the programs killed at random moments and with full disks
 	.venv/bin/python -m pytest -m faults tests/faults
+
+matrix: .venv/.installed  ## every property of every model and kind of site (about an hour on two cores, resumable)
+	.venv/bin/python tests/matrix/run.py --jobs $(JOBS)
 
 test-oldest: .venv-oldest/.installed  ## the tests at the oldest supported versions (Python 3.10 to 3.12)
 	.venv-oldest/bin/python -m pytest -n $(JOBS) tests

@@ -279,6 +279,12 @@ def is_behind_padding_mask(model: nn.Module, name: str) -> bool:
     return any(isinstance(_base_layer(child), nn.Conv1d) for child in parent.children())
 
 
+def reads_cache(model: nn.Module, name: str) -> bool:
+    """Whether a module sees cached tokens again: multi-head latent attention expands all latents at each step."""
+    parent, _, own_name = name.rpartition(".")
+    return own_name == "kv_b_proj" and hasattr(model.get_submodule(parent), "expand_kv")
+
+
 def _base_layer(module: Any) -> nn.Module:
     """The layer that an adapter of the weights has wrapped."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -255,6 +255,7 @@ class Ensemble:
         keys = getattr(next(iter(reversed(getattr(cache, "layers", []))), None), "keys", None)
         if keys is None or not keys.numel():
             return
+        self._check_sites_read_no_cache()
         rows = self.num_samples * main.shape[0]
         if keys.shape[0] != rows:
             raise ValueError(
@@ -266,6 +267,14 @@ class Ensemble:
             raise ValueError(
                 f"past_key_values was filled {how}, and this ensemble has seed={self.seed}, "
                 f"num_samples={self.num_samples}: a cache must be filled within the same ensemble."
+            )
+
+    def _check_sites_read_no_cache(self) -> None:
+        names = [projection.site.name for projection in self.projections if projection.site.reads_cache]
+        if names:
+            raise ValueError(
+                f"'{names[0]}' sees the cached tokens again at each step, and an ensemble's noise is for new ones: "
+                "generate with use_cache=False, or choose other sites."
             )
 
     def _check_positions(self, positions_BL: torch.Tensor, padded: bool) -> None:
@@ -287,6 +296,8 @@ class Ensemble:
                 f"An ensemble chooses one token at a time, greedily or by sampling; got {mode.value}. Set num_beams=1 "
                 "and leave out assistant_model, prompt_lookup_num_tokens and the like."
             )
+        if config.use_cache:
+            self._check_sites_read_no_cache()
         if config.cache_implementation not in _CACHES:
             raise ValueError(
                 f"An ensemble supports the caches {_CACHES}, got cache_implementation={config.cache_implementation!r}."

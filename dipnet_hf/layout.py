@@ -5,6 +5,7 @@ XLNet has the length first, Gemma 3n its streams; an expert or a router sees all
 Shape legend: R rows, L sequence, D channels.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,17 +22,21 @@ class TokenDims(NamedTuple):
 def find_token_dims(shape: Sequence[int], num_rows: int, length: int) -> list[TokenDims]:
     """List the dimensions that may be rows and sequence: two neighbours of these sizes, in either order.
 
+    A dimension of one entry, such as a single head's, may stand between them.
+
     Args:
         shape (`Sequence[int]`): of an input, without its channels.
         num_rows (`int`): R.
         length (`int`): L.
     """
     found = []
-    for dim, sizes in enumerate(zip(shape, shape[1:], strict=False)):
-        if sizes == (num_rows, length):
-            found.append(TokenDims(dim, dim + 1))
-        if sizes == (length, num_rows):
-            found.append(TokenDims(dim + 1, dim))
+    for first, second in itertools.combinations(range(len(shape)), 2):
+        if any(size != 1 for size in shape[first + 1 : second]):
+            continue
+        if (shape[first], shape[second]) == (num_rows, length):
+            found.append(TokenDims(first, second))
+        if (shape[first], shape[second]) == (length, num_rows):
+            found.append(TokenDims(second, first))
     return found
 
 

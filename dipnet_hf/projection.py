@@ -28,6 +28,7 @@ class Site(NamedTuple):
     channel_dim: int = -1
     at_output: bool = False
     spares_padding: bool = False  # padding gets no noise: the model has set it to zero, and mixes tokens behind
+    reads_cache: bool = False  # sees earlier tokens again, which a cache has kept
 
 
 @dataclass

@@ -190,8 +190,8 @@ def tokens_of(x: torch.Tensor, channel_dim: int, masks: Sequence[torch.Tensor] =
     """Lay out a site's input as tokens of shape `(N, D)`, without those that are padding.
 
     Args:
-        x (`torch.Tensor`): besides the channels, rows and length are any two neighbouring dimensions, in either order
-            (XLNet puts the length first, Gemma 3n its streams), or one dimension, as in an expert's input.
+        x (`torch.Tensor`): besides the channels, rows and length are two dimensions as in `find_token_dims` (XLNet
+            puts the length first, Gemma 3n its streams), or one dimension, as in an expert's input.
         channel_dim (`int`): the channels' dimension.
         masks (`Sequence[torch.Tensor]`): of shape `(B, L)`, 0 for padding; the first that fits is used. If none fits,
             as with an image's patches, no token is padding.

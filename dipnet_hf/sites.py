@@ -19,6 +19,7 @@ from .architecture import (
     mlp_of,
     modules_outside_adapters,
     name_of,
+    reads_cache,
 )
 from .config import DipConfig
 from .projection import Site
@@ -77,7 +78,11 @@ def _site(model: nn.Module, name: str) -> Site:
             "model, so noise cannot enter it. Name the modules in it, or the one around it."
         )
     channels = input_channels(module) or _hidden_size(model, name)
-    return Site(name, *channels, spares_padding=is_behind_padding_mask(model, name))
+    return Site(
+        *(name, *channels),
+        spares_padding=is_behind_padding_mask(model, name),
+        reads_cache=reads_cache(model, name),
+    )
 
 
 def _select(layers: list[tuple[str, nn.Module]], config: DipConfig) -> list[tuple[str, nn.Module]]:

@@ -215,7 +215,7 @@ def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig) -> Data
     questions = [row["question"] for row in read_json_lines(config.prompts, columns=("question",))]
     check_lengths(questions, teacher, tokenizer, config)
     padding_side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    batch_size = config.training_arguments().per_device_eval_batch_size
+    batch_size = max(1, config.training_arguments().per_device_eval_batch_size // config.num_samples)
     own = teacher.generation_config.eos_token_id
     eos_token_ids = {tokenizer.eos_token_id, *([] if own is None else torch.tensor([own]).flatten().tolist())}
     settings = {"eos_token_id": sorted(eos_token_ids), "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
@@ -317,15 +317,21 @@ def compare(
     """
     batch_size = config.training_arguments().per_device_eval_batch_size
     sizes = [len(heldout) if size is None else size for size in config.heldout_sizes.values()]
-    loader = DataLoader(heldout.select(range(min(max(sizes), len(heldout)))), batch_size, collate_fn=collator)
+    rows = heldout.select(range(min(max(sizes), len(heldout))))
+
+    def measure_mean(model: torch.nn.Module, compare_samples: list[int]) -> dict[int, list[torch.Tensor]]:
+        # A problem is as many rows of the model as there are samples.
+        loader = DataLoader(rows, max(1, batch_size // max(compare_samples)), collate_fn=collator)
+        return measure(model, loader, compare_samples)
+
     with teacher.deterministic():
-        noise_off = measure(teacher, loader, [1])[1]
+        noise_off = measure_mean(teacher, [1])[1]
     with teacher.ensemble_samples(max(config.compare_samples)):
-        ensembles = measure(teacher, loader, config.compare_samples)
+        ensembles = measure_mean(teacher, config.compare_samples)
     measured = {
         "noise_off": noise_off,
         **{f"ensemble_{k}": figures for k, figures in ensembles.items()},
-        "distilled": measure(student.eval(), loader, [1])[1],
+        "distilled": measure_mean(student.eval(), [1])[1],
     }
     return {
         method: {name: summarize(figures, size) for name, size in config.heldout_sizes.items()}

@@ -109,7 +109,8 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
     if config.evaluation.num_samples is not None:
         k = config.evaluation.num_samples
         with model.ensemble(k):
-            ensemble_scores = score_model(trainer, tokenizer, config, evaluate(trainer, eval_set), task_sets, k)
+            evaluated_mean = evaluate(trainer, eval_set, num_samples=k)
+            ensemble_scores = score_model(trainer, tokenizer, config, evaluated_mean, task_sets, k)
     noise = None if config.dip is None else noise_table(model, output_dir)
     log_history = list(trainer.state.log_history)
     best = score_best_checkpoint(trainer, tokenizer, config, eval_set, task_sets)
@@ -191,11 +192,17 @@ def mean_nll(prediction) -> dict[str, float]:
     return {"nll": total / num_tokens, "num_tokens": int(num_tokens)}
 
 
-def evaluate(trainer: Trainer, heldout, name: str = "eval") -> dict[str, float]:
-    """Measure the NLL of a held-out set, in eval mode; without one there is nothing to measure."""
+def evaluate(trainer: Trainer, heldout, name: str = "eval", num_samples: int = 1) -> dict[str, float]:
+    """Measure the NLL of a held-out set, in eval mode; without one there is nothing to measure.
+
+    In an ensemble a problem is `num_samples` rows of the model, and so many problems fewer make a batch.
+    """
     if heldout is None:
         return {}
+    batch_size = trainer.args.per_device_eval_batch_size
+    trainer.args.per_device_eval_batch_size = max(1, batch_size // num_samples)
     metrics = trainer.evaluate(heldout, metric_key_prefix=name)
+    trainer.args.per_device_eval_batch_size = batch_size
     return {f"eval_{metric}": metrics[f"{name}_{metric}"] for metric in ("nll", "num_tokens")}
 
 

@@ -40,3 +40,13 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set DIPNET_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_problems(shared, tmp_path_factory):
+    """The folder of a data set, the first problems of GSM8K."""
+    folder = tmp_path_factory.mktemp("gsm8k")
+    for split in ("train", "test"):
+        lines = (shared / "data" / "gsm8k" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:8]))
+    return folder

@@ -586,6 +586,21 @@ def test_what_would_draw_other_noise_is_refused(batch):
         assert mamba.generate(input_ids=input_ids, max_new_tokens=2, use_cache=False).shape[0] == 4
 
 
+def test_sites_that_see_cached_tokens_again_need_all_tokens_at_once():
+    model, input_ids = model_and_prompts("deepseek_v3", target_sites="linear")
+    settings = dict(max_new_tokens=3, do_sample=False)
+    with model.ensemble(2), torch.no_grad():
+        whole = model(input_ids=input_ids).logits
+        assert torch.allclose(model(input_ids=input_ids[:, :-1]).logits, whole[:, :-1], atol=1e-5)
+        with pytest.raises(ValueError, match="kv_b_proj' sees the cached tokens again.*generate with use_cache=False"):
+            model.generate(input_ids=input_ids, **settings)
+        cache = model(input_ids=input_ids[:, :-1], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="kv_b_proj' sees the cached tokens again"):
+            model(input_ids=input_ids[:, -1:], past_key_values=cache)
+        tokens = model.generate(input_ids=input_ids, use_cache=False, **settings)
+        assert torch.equal(tokens[:, input_ids.shape[1]], whole[:, -1].argmax(-1))
+
+
 def test_inputs_that_cannot_be_repeated_are_refused(batch):
     model, input_ids = model_and_prompts()
     with model.ensemble(2):

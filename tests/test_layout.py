@@ -20,6 +20,8 @@ def test_rows_and_length_are_neighbours_in_either_order():
     assert find_token_dims((3, 7, 3), 3, 7) == [TokenDims(0, 1), TokenDims(2, 1)]
     assert find_token_dims((5, 5), 5, 5) == [TokenDims(0, 1), TokenDims(1, 0)]
     assert find_token_dims((21,), 3, 7) == []
+    assert find_token_dims((3, 1, 7), 3, 7) == [TokenDims(0, 2)]  # one head
+    assert find_token_dims((3, 2, 7), 3, 7) == []
 
 
 def test_what_is_known_of_a_site_decides_between_equal_sizes():

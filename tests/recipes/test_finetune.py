@@ -262,6 +262,20 @@ def test_scores_the_heldout_problems_of_the_run(run):
     assert "gsm8k_local" in results["scores"]
 
 
+def test_an_ensemble_is_evaluated_on_as_many_rows_of_the_model(run, monkeypatch):
+    batch_sizes = []
+    prediction_step = Trainer.prediction_step
+
+    def record(self, model, inputs, *arguments, **options):
+        batch_sizes.append(len(inputs["input_ids"]))
+        return prediction_step(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "prediction_step", record)
+    evaluation = "evaluation={tasks: [gsm8k_local], num_samples: 2, max_new_tokens: 2}"
+    run("--set", evaluation, max_steps=1, dip={"init_noise_std": 0.1}, per_device_eval_batch_size=4)
+    assert batch_sizes == [4, 1, *[2, 2, 1]]  # five problems in one pass, and as the mean of two
+
+
 def test_runs_as_a_script(model_folder, problems_folder, tmp_path):
     """As `accelerate launch` does, with recipes/ on the path instead of the root."""
     config = {"model": str(model_folder), "dataset": str(problems_folder), "weights": "full"}

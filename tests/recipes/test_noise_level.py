@@ -11,10 +11,10 @@ CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "stories260k-gsm8k-
 
 
 @pytest.mark.parametrize("dip", ["{}", "{noise_scale: absolute, init_noise_std: 0.1}"])
-def test_the_sweep_is_drawn(shared, tmp_path, monkeypatch, capsys, dip):
+def test_the_sweep_is_drawn(shared, few_problems, tmp_path, monkeypatch, capsys, dip):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    settings = [f"model={shared / 'models' / 'stories260K'}", f"dataset={shared / 'data' / 'gsm8k'}", f"dip={dip}"]
-    settings += ["max_train_samples=4", "training.per_device_train_batch_size=2"]
+    settings = [f"model={shared / 'models' / 'stories260K'}", f"dataset={few_problems}", f"dip={dip}"]
+    settings += ["num_validation_samples=2", "max_train_samples=4", "training.per_device_train_batch_size=2"]
     options = ["--stds", "0.1", "0.5", "--num-batches", "1", "--output", str(tmp_path / "pictures")]
     noise_level.main([str(CONFIG), "--set", *settings, *options])
     results = json.loads((tmp_path / "pictures" / "noise-level.json").read_text())

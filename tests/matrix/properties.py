@@ -1,0 +1,709 @@
+"""What must hold for any network and any kind of site. Each function asks one property of a case.
+
+A property raises `AssertionError` where it does not hold, and `NotAsked` where the network without this package cannot
+do it either. Anything else that it raises is a fault too, but for a refusal: see `ask`.
+
+Shape legend: R rows, L sequence, K samples.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import dipnet_hf
+from dipnet_hf import DipConfig, dip_loss, get_dip_model
+from dipnet_hf.architecture import adds_router_loss, decoder_layers, is_encoder_decoder, shifts_labels, text_config
+from dipnet_hf.batches import expand_batch
+from dipnet_hf.layout import Layout
+from dipnet_hf.passes import FreshPass
+from dipnet_hf.projection import DipProjection
+from tests.helpers import assert_no_trace
+
+TOLERANCE = 1e-3
+NUM_PADS = 4
+PACKAGE_FOLDER = dipnet_hf.__path__[0]
+
+Batch = dict[str, torch.Tensor]
+
+
+class NotAsked(Exception):
+    """The network cannot do this without noise either."""
+
+
+class Outcome(NamedTuple):
+    """`ok`, `refused`, `base` (the network cannot do it without noise either) or `failed`, and why."""
+
+    kind: str
+    reason: str = ""
+
+
+def ask(check: Callable[["Case"], None], case: "Case") -> Outcome:
+    """Check one property. A ValueError or TypeError that this package itself raises is a refusal."""
+    try:
+        check(case)
+    except NotAsked as reason:
+        return Outcome("base", _short(reason))
+    except Exception as error:  # noqa: BLE001 - a fault of any kind is an outcome
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, (ValueError, TypeError)) and where.filename.startswith(PACKAGE_FOLDER):
+            return Outcome("refused", _short(error))
+        place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+        return Outcome("failed", f"{type(error).__name__}: {_short(error)} [{place}]")
+    return Outcome("ok")
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class Network:
+    """A network without noise, a batch for it, and what is asked of it once for all kinds of sites."""
+
+    def __init__(self, model: nn.Module, batch: Batch):
+        self.model = model
+        self.batch = batch
+        self._refusals: dict[str, str | None] = {}
+        self.weights: Any = "full"
+        with contextlib.suppress(Exception):  # where PEFT itself fails, all weights are trained
+            lora = LoraConfig(target_modules="all-linear", r=4)
+            get_peft_model(copy.deepcopy(model), copy.deepcopy(lora)).train()(**batch).loss.backward()
+            self.weights = lora
+
+    @property
+    def parameters(self) -> set[str]:
+        """The names of what `forward` takes."""
+        return set(inspect.signature(self.model.forward).parameters)
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether rows may be padded."""
+        return "attention_mask" in self.parameters and "attention_mask" in self.batch
+
+    def plain(self) -> nn.Module:
+        """A copy with PEFT's own adapter, if the weights have one; what stock PEFT can do is asked of it."""
+        model = copy.deepcopy(self.model)
+        return model if self.weights == "full" else get_peft_model(model, copy.deepcopy(self.weights))
+
+    def once(self, name: str, check: Callable[[], None]) -> None:
+        """Raise `NotAsked` where `check` fails, which is run once for the network."""
+        if name not in self._refusals:
+            try:
+                check()
+                self._refusals[name] = None
+            except Exception as error:  # noqa: BLE001 - networks fail in every way
+                self._refusals[name] = f"{type(error).__name__}: {_short(error)}"
+        if (reason := self._refusals[name]) is not None:
+            raise NotAsked(reason)
+
+    @functools.cached_property
+    def blind_modules(self) -> set[str]:
+        """The modules whose input gets no gradient without noise either."""
+        model = copy.deepcopy(self.model).train()
+        seen: set[str] = set()
+
+        def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> None:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+            if tensors:
+                tensors[0].register_hook(lambda gradient: seen.add(name) if gradient.abs().sum() > 0 else None)
+
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(functools.partial(watch, name=name), with_kwargs=True)
+        model(**self.batch).loss.backward()
+        return {name for name, _ in model.named_modules()} - seen
+
+
+class Case:
+    """A network and a kind of site."""
+
+    def __init__(self, network: Network, sites: dict[str, Any]):
+        self.network = network
+        self.sites = sites  # `target_sites` or `target_modules`
+        self.batch = network.batch
+
+    def make(self, base: nn.Module | None = None, **config: Any) -> PeftModel:
+        """A model with noise, without a prior, whose gradient is not quite zero where it starts."""
+        fields = {"init_noise_std": 0.2, "prior_weight": 0.0} | self.sites | config
+        base = copy.deepcopy(self.network.model) if base is None else base
+        batch = _cast(self.batch, next(base.parameters()).dtype)
+        weights = copy.deepcopy(self.network.weights)
+        return get_dip_model(base, DipConfig(weights=weights, **fields), calibration=[batch])
+
+    @functools.cached_property
+    def fresh(self) -> PeftModel:
+        """A calibrated model in eval mode that was not trained."""
+        return self.make().eval()
+
+    @functools.cached_property
+    def trained(self) -> PeftModel:
+        """A calibrated model in eval mode whose adapters have moved."""
+        return _moved(copy.deepcopy(self.fresh))
+
+    @property
+    def first_row(self) -> torch.Tensor:
+        """The first row's tokens, which is not padded, of shape `(1, L)`."""
+        if "input_ids" not in self.batch:
+            raise NotAsked("no tokens")
+        return self.batch["input_ids"][:1]
+
+    def logits(self, model: nn.Module, num_rows: int | None = None, start: int = 0) -> torch.Tensor:
+        """The logits of the batch's rows, without gradients."""
+        labels = () if is_encoder_decoder(self.network.model) else ("labels",)
+        inputs = {name: value[start:num_rows] for name, value in self.batch.items() if name not in labels}
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    def tokens_logits(self, model: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The logits of a pass over tokens alone, which writes no cache."""
+        if "use_cache" in self.network.parameters:
+            inputs.setdefault("use_cache", False)
+        with torch.no_grad():
+            return model(input_ids=input_ids, **inputs).logits
+
+
+def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+
+
+def _projections(model: nn.Module) -> list[DipProjection]:
+    return [module for module in model.modules() if isinstance(module, DipProjection)]
+
+
+def _moved(model: nn.Module) -> Any:
+    """The model with its adapters' weights and its log-variances away from where they start."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            size = 0.05 if "lora_" in name else 0.3 if "logvar" in name else 0.0
+            if size:
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def _assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None:
+    """Compare by the largest entry."""
+    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    difference = _difference(a, b)
+    assert difference <= tolerance, f"{what}: {difference:.2e} apart"
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / (b.abs().max() + 1e-12))
+
+
+def _backward(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of a training step, always of the same noise."""
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(11)
+    loss = dip_loss(model, batch).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.eval()
+    return loss.detach(), gradients
+
+
+def _assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name in want.keys() | got.keys():
+        ours, theirs = (gradients.get(name, torch.zeros(())) for gradients in (got, want))
+        if max(ours.abs().max(), theirs.abs().max()) > 1e-6:
+            assert name in got and name in want, f"{name} has a gradient in one of them only"
+            _assert_close(ours, theirs, tolerance, f"gradient of {name}")
+
+
+# ---- noise ----
+
+
+def is_silent_in_eval(case: Case) -> None:
+    """Without noise the logits are those of the network, bit for bit."""
+    assert torch.equal(case.logits(case.fresh), case.logits(case.network.model))
+
+
+def is_drawn_anew(case: Case) -> None:
+    """Two passes with noise differ from each other and from the one without, and are finite."""
+    silent = case.logits(case.fresh)
+    with case.fresh.sampling():
+        first, second = case.logits(case.fresh), case.logits(case.fresh)
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, silent) and not torch.equal(first, second)
+
+
+def is_decided_by_the_seed(case: Case) -> None:
+    """A seed gives the same draws again, and another one others."""
+    logits = []
+    for seed in (5, 5, 6):
+        with case.fresh.sampling(seed=seed):
+            logits.append(case.logits(case.fresh))
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
+def has_the_scale_of_its_channels(case: Case) -> None:
+    """The scale is 1.4826 times the median absolute deviation over the real tokens, where these are few."""
+    if "attention_mask" not in case.batch:
+        raise NotAsked("no padding")
+    mask = case.batch["attention_mask"].bool()
+    inputs: dict[str, list[torch.Tensor]] = {}
+    projections = {p.site.name: p for p in _projections(case.fresh)}
+    hooks = [
+        p.register_forward_pre_hook(lambda module, args: inputs.setdefault(module.site.name, []).append(args[0]))
+        for p in projections.values()
+    ]
+    case.logits(case.fresh)
+    for hook in hooks:
+        hook.remove()
+    compared = 0
+    for name, values in inputs.items():
+        if len(values) != 1 or values[0].dim() != 3 or values[0].shape[:2] != mask.shape:
+            continue  # rows stand elsewhere, or the site runs more than once
+        x_ND = values[0][mask].float()
+        deviation_D = 1.4826 * (x_ND - x_ND.median(dim=0).values).abs().median(dim=0).values
+        scale_D = projections[name].scale
+        # A channel that mostly has one value is measured in another way, and one that hardly changes gets the floor.
+        above = (deviation_D > 0) & (scale_D > 1.01 * scale_D.min())
+        if above.any():
+            _assert_close(scale_D[above], deviation_D[above], 1e-4, f"scale of {name}")
+            compared += 1
+    if not compared:
+        raise NotAsked("no site whose rows come first")
+
+
+def finds_its_level(case: Case) -> None:
+    """The level that calibration finds raises the loss by what it should, on labels of the model's own."""
+    # Enough for a few dozen tokens, where experts that are chosen otherwise make the loss jump.
+    model = case.make(init_noise_std="auto", init_loss_increase=0.2)
+    assert 0 < model.init_noise_std < 1e3
+
+
+def leaves_padding_alone(case: Case) -> None:
+    """What is drawn at padding reaches no token."""
+    if not case.network.takes_mask:
+        raise NotAsked("no padding")
+    ids, inputs = _left_padded(case)
+    other = torch.where(inputs["attention_mask"].bool(), ids, 77)
+    base = case.network.model
+    case.network.once(
+        "left padding is left out",
+        lambda: _assert_close(
+            case.tokens_logits(base, other, **inputs)[:, NUM_PADS:],
+            case.tokens_logits(base, ids, **inputs)[:, NUM_PADS:],
+            1e-5,
+            "with other tokens at the padding",
+        ),
+    )
+    logits = []
+
+    def change(module: DipProjection, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        x = args[0]
+        dims = Layout(len(ids), ids.shape[1]).token_dims(x.shape[:-1], module.known_dims)
+        if dims is None:
+            return output
+        place = [slice(None)] * x.dim()
+        place[dims.length] = slice(0, NUM_PADS)
+        output = output.clone()
+        output[tuple(place)] = x[tuple(place)] + (-3.0 if logits else 1.0) * (output - x)[tuple(place)]
+        return output
+
+    hooks = [p.register_forward_hook(change) for p in _projections(case.fresh)]
+    try:
+        for _ in range(2):
+            with case.fresh.sampling(seed=2):
+                logits.append(case.tokens_logits(case.fresh, ids, **inputs)[:, NUM_PADS:])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _assert_close(logits[1], logits[0], 1e-4, "noise at padding")
+
+
+def _left_padded(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The first row behind padding, and what else the model is told of it."""
+    ids = case.first_row
+    pads = torch.zeros(1, NUM_PADS, dtype=torch.int64)
+    mask = torch.cat([pads, torch.ones_like(ids)], dim=1)
+    inputs = {"attention_mask": mask}
+    if "position_ids" in case.network.parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return torch.cat([pads, ids], dim=1), inputs
+
+
+# ---- training ----
+
+
+def learns_at_every_site(case: Case) -> None:
+    """Every log-variance has a gradient, where the site's input has one in the network without noise."""
+    loss, gradients = _backward(case.trained, case.batch)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    names = {id(p): name for name, p in case.trained.named_parameters()}
+    learning = {
+        p.site.name: gradients.get(names[id(p.logvar)], torch.zeros(())).abs().sum() > 0
+        for p in _projections(case.trained)
+    }
+    dead = [name for name, learns in learning.items() if not learns and name not in case.network.blind_modules]
+    assert not dead, f"no gradient at {len(dead)} of {len(learning)} sites, such as {dead[:3]}"
+
+
+def has_the_gradient_of_differences(case: Case) -> None:
+    """The gradient of the log-variances is that of central differences in float64, with the same noise."""
+    base = copy.deepcopy(case.network.model).double()
+    batch = _cast(case.batch, torch.float64)
+    case.network.once("float64", lambda: base(**batch))
+    model = case.make(base)
+    logvars = model.logvars()
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(logvar.shape, generator=generator) for logvar in logvars]
+    starts = [logvar.detach().clone() for logvar in logvars]
+    model.train()
+
+    def loss_at(step: float) -> torch.Tensor:
+        with torch.no_grad():
+            for logvar, start, direction in zip(logvars, starts, directions, strict=True):
+                logvar.copy_(start + step * direction)
+        torch.manual_seed(11)
+        return dip_loss(model, batch).loss
+
+    loss_at(0.0).backward()
+    slope = sum(float((v.grad * d).sum()) for v, d in zip(logvars, directions, strict=True) if v.grad is not None)
+    with torch.no_grad():
+        differences = [float(loss_at(h) - loss_at(-h)) / (2 * h) for h in (1e-3, 3e-4)]
+    # A network may choose (experts, tokens), and its loss then jumps in one of the differences.
+    assert min(abs(d - slope) for d in differences) <= 1e-3 + 0.03 * abs(slope), f"{slope:.4g}, not {differences}"
+
+
+def recomputes_its_noise(case: Case) -> None:
+    """Gradient checkpointing changes neither loss nor gradients."""
+    _compare_with_checkpointing(case, use_reentrant=False)
+
+
+def recomputes_its_noise_reentrantly(case: Case) -> None:
+    """As above with reentrant checkpoints."""
+    _compare_with_checkpointing(case, use_reentrant=True)
+
+
+def _compare_with_checkpointing(case: Case, use_reentrant: bool) -> None:
+    if not getattr(case.network.model, "supports_gradient_checkpointing", False):
+        raise NotAsked("no gradient checkpointing")
+
+    def step(model: Any, objective: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(11)
+        objective(model).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return gradients
+
+    def compare(model: Any, objective: Callable[[Any], torch.Tensor]) -> None:
+        want = step(model, objective)
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        _assert_same_gradients(step(model, objective), want, 1e-4)
+
+    name = f"checkpointing, use_reentrant={use_reentrant}"
+    plain = case.network.plain
+    case.network.once(name, lambda: compare(plain(), lambda model: model(**case.batch).loss))
+    compare(copy.deepcopy(case.trained), lambda model: dip_loss(model, case.batch).loss)
+
+
+def averages_over_samples(case: Case) -> None:
+    """Two samples in the upper half of the layers cost what twice the rows do, in loss and gradients."""
+    layers: dict[str, Any] = {}
+    if case.sites.get("target_sites") in ("decoder_layer", "attention", "mlp", "linear"):
+        count = len(decoder_layers(case.network.model))
+        layers = {"layers_to_transform": list(range(count // 2, count))}
+    model = _moved(case.make(num_samples=2, **layers))
+    loss, gradients = _backward(model, case.batch)
+    model.train()
+    torch.manual_seed(11)
+    tuner = model.base_model
+    rows = expand_batch(case.batch, 2)
+    # The lower layers run on both copies here.
+    with tuner._pass.set_to(FreshPass(tuner._pass.get().keys, antithetic=True)):
+        outputs = model(**rows)
+    naive = outputs.loss
+    if naive is None:
+        raise NotAsked("no loss of its own")
+    half = len(outputs.logits) // 2
+    assert _difference(outputs.logits[:half], outputs.logits[half:]) > 1e-7, "both samples are the same"
+    if getattr(outputs, "aux_loss", None) is not None or not torch.isfinite(naive):
+        raise NotAsked("a balancing loss is of the rows together")
+    naive.backward()
+    _assert_close(loss, naive, 1e-4, "loss of two samples")
+    want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    _assert_same_gradients(gradients, want, 2e-3)
+
+
+def pairs_its_samples(case: Case) -> None:
+    """At every site each row has opposite noise in the two samples."""
+    model = case.make(num_samples=2).train()
+    num_rows = len(next(iter(case.batch.values())))
+    text = case.batch.get("input_ids")
+    layout = Layout(2 * num_rows, None if text is None else text.shape[1], is_text="input_ids" in case.batch)
+    wrong: list[str] = []
+
+    def check(module: DipProjection, args: tuple, output: torch.Tensor) -> None:
+        x = args[0]
+        if not module.sampling:
+            return
+        leading = [size for dim, size in enumerate(x.shape) if dim != module.site.channel_dim % x.dim()]
+        dim = layout.rows_dim(leading, module.known_dims)
+        if dim is None:
+            if len(leading) == 1 and text is not None:  # an expert may see any tokens
+                return
+            wrong.append(f"{module.site.name}: no rows in {tuple(x.shape)}")
+            return
+        dim += dim >= module.site.channel_dim % x.dim()
+        first, second = (output - x).detach().chunk(2, dim)
+        if _difference(first, -second) > TOLERANCE:
+            wrong.append(f"{module.site.name}: not opposite in {tuple(x.shape)}")
+
+    for projection in _projections(model):
+        projection.register_forward_hook(check)
+    dip_loss(model, case.batch)
+    assert not wrong, f"{len(wrong)} sites, such as {wrong[0]}"
+
+
+def has_the_models_own_loss(case: Case) -> None:
+    """Without noise the objective is the loss of the network, with its balancing loss."""
+    base = copy.deepcopy(case.network.model)
+    if hasattr(text_config(base), "output_router_logits"):
+        text_config(base).output_router_logits = base.config.output_router_logits = True
+    try:
+        own = base(**case.batch).loss
+    except Exception as error:
+        raise NotAsked(f"{type(error).__name__}: {_short(error)}") from error
+    if own is None:
+        raise NotAsked("no loss of its own")
+    model = case.make(base, num_samples=1 if adds_router_loss(base) else 2).train()
+    with model.deterministic():
+        out = dip_loss(model, case.batch)
+    _assert_close((out.loss - out.prior).detach(), own.detach(), 1e-4, "loss without noise")
+
+
+def trains_in_bfloat16(case: Case) -> None:
+    """A step in bfloat16 is finite, and the log-variances and scales stay float32."""
+    batch = _cast(case.batch, torch.bfloat16)
+
+    def plain_step() -> None:
+        case.network.plain().to(torch.bfloat16).train()(**batch).loss.backward()
+
+    case.network.once("bfloat16", plain_step)
+    model = case.make(copy.deepcopy(case.network.model).to(torch.bfloat16))
+    loss, gradients = _backward(model, batch)
+    assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert all(p.logvar.dtype == p.scale.dtype == torch.float32 for p in _projections(model))
+
+
+# ---- files ----
+
+
+def loads_what_it_saved(case: Case) -> None:
+    """A saved adapter answers the same with and without noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        case.trained.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(case.network.model), folder).eval()
+    # Not bit for bit: where weights lie in memory decides how some of the networks round.
+    _assert_close(case.logits(loaded), case.logits(case.trained), 1e-5, "without noise")
+    logits = []
+    for model in (loaded, case.trained):
+        with model.sampling(seed=3):
+            logits.append(case.logits(model))
+    _assert_close(*logits, 1e-5, "with noise")
+
+
+def merges_without_a_trace(case: Case) -> None:
+    """A merged model is the plain network with other weights."""
+
+    def merge(model: Any) -> nn.Module:
+        want = case.logits(model.eval())
+        merged = model.merge_and_unload()
+        _assert_close(case.logits(merged), want, TOLERANCE, "merged logits")
+        return merged
+
+    if case.network.weights != "full":
+        case.network.once("merging", lambda: merge(_moved(case.network.plain())))
+    merged = merge(copy.deepcopy(case.trained))
+    assert type(merged) is type(case.network.model)
+    assert_no_trace(merged)
+
+
+# ---- ensembles ----
+
+
+@contextlib.contextmanager
+def _ensemble(model: Any, seed: int = 1) -> Iterator[None]:
+    with model.ensemble(num_samples=3, seed=seed):
+        yield
+
+
+def has_the_mean_of_its_samples(case: Case) -> None:
+    """The ensemble's logits are the mean of its samples', of which the first does not depend on the others."""
+    rows = 1 if "input_ids" in case.batch else None
+    with case.trained.base_model.ensemble_samples(3, seed=1):
+        samples_K = case.logits(case.trained, rows)
+    with case.trained.base_model.ensemble_samples(1, seed=1):
+        first = case.logits(case.trained, rows)
+    with case.trained.ensemble(num_samples=3, average="logit", seed=1):
+        mean = case.logits(case.trained, rows)
+    assert _difference(samples_K[0], samples_K[1]) > 1e-6, "two samples are the same"
+    _assert_close(samples_K[:1], first, TOLERANCE, "the first sample of three and of one")
+    _assert_close(mean, samples_K.mean(0), TOLERANCE, "the mean")
+
+
+def is_the_network_without_variance(case: Case) -> None:
+    """An ensemble of no noise is one pass without noise, at the real tokens."""
+    model = copy.deepcopy(case.trained)
+    with torch.no_grad():
+        for logvar in model.logvars():
+            logvar.fill_(-40.0)
+    with model.ensemble(num_samples=3, average="logit"):
+        mean = case.logits(model)
+    want = case.logits(case.trained)
+    if "attention_mask" in case.batch and mean.shape[:2] == case.batch["attention_mask"].shape:
+        real = case.batch["attention_mask"].bool()
+        mean, want = mean[real], want[real]
+    _assert_close(mean, want, TOLERANCE, "without variance")
+
+
+def answers_alike_with_a_cache(case: Case) -> None:
+    """A row in two pieces has the logits of the whole row."""
+    _compare_in_ensemble(case, _in_pieces)
+
+
+def answers_alike_behind_padding(case: Case) -> None:
+    """A row behind padding has the logits of the row alone."""
+    if not case.network.takes_mask:
+        raise NotAsked("no padding")
+
+    def padded(case: Case, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        longer, inputs = _left_padded(case)
+        return case.tokens_logits(model, longer, **inputs)[:, NUM_PADS:]
+
+    _compare_in_ensemble(case, padded)
+
+
+def answers_alike_in_another_batch(case: Case) -> None:
+    """A row has the same logits whatever stands beside it."""
+    if "input_ids" in case.batch and "labels" in case.batch and shifts_labels(case.network.model):
+
+        def beside_others(case: Case, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+            others = torch.randint(5, 180, (2, ids.shape[1]), generator=torch.Generator().manual_seed(9))
+            return case.tokens_logits(model, torch.cat([ids, others]))[:1]
+
+        return _compare_in_ensemble(case, beside_others)
+    with case.trained.deterministic():
+        alone, beside = case.logits(case.trained, 1), case.logits(case.trained, 2)[:1]
+    if _difference(beside, alone) > TOLERANCE:
+        raise NotAsked("the network differs too")
+    with _ensemble(case.trained):
+        _assert_close(case.logits(case.trained, 2)[:1], case.logits(case.trained, 1), TOLERANCE, "in another batch")
+
+
+def _in_pieces(case: Case, model: nn.Module, ids: torch.Tensor, cut: int = 7) -> torch.Tensor:
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :cut], use_cache=True)
+        cache = getattr(first, "past_key_values", None)
+        if cache is None:
+            raise NotAsked("no cache")
+        second = model(input_ids=ids[:, cut:], past_key_values=cache, use_cache=True)
+    return torch.cat([first.logits, second.logits], dim=1)
+
+
+def _compare_in_ensemble(case: Case, answer: Callable[[Case, nn.Module, torch.Tensor], torch.Tensor]) -> None:
+    """Whether an ensemble answers the first row in this way as it answers the row alone, if the network does."""
+    ids = case.first_row
+    if not shifts_labels(case.network.model):
+        raise NotAsked("it predicts no next token")
+
+    def compare() -> None:
+        _assert_close(answer(case, case.trained, ids), case.tokens_logits(case.trained, ids), TOLERANCE, "in this way")
+
+    with case.trained.deterministic():
+        try:
+            compare()
+        except Exception as error:
+            raise NotAsked(f"{type(error).__name__}: {_short(error)}") from error
+    with _ensemble(case.trained):
+        compare()
+
+
+def generates_step_by_step(case: Case) -> None:
+    """Greedy tokens of an ensemble, and their logits, are those of whole passes one by one, also behind padding."""
+    ids, model = case.first_row, case.trained
+    if not shifts_labels(case.network.model):
+        raise NotAsked("it predicts no next token")
+    settings: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings |= dict(output_logits=True, return_dict_in_generate=True)
+
+    def step_by_step() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, logits = ids, []
+        for _ in range(settings["max_new_tokens"]):
+            logits.append(case.tokens_logits(model, tokens)[0, -1])
+            tokens = torch.cat([tokens, logits[-1].argmax().view(1, 1)], dim=1)
+        return tokens[0, ids.shape[1] :], torch.stack(logits)
+
+    def generate(padded: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, mask = ids, torch.ones_like(ids)
+        if padded:
+            tokens, inputs = _left_padded(case)
+            mask = inputs["attention_mask"]
+        out = model.generate(input_ids=tokens, attention_mask=mask, **settings)
+        return out.sequences[0, tokens.shape[1] :], torch.cat(out.logits)
+
+    def compare(padded: bool) -> None:
+        (tokens, logits), (own_tokens, own_logits) = step_by_step(), generate(padded)
+        assert torch.equal(own_tokens, tokens), f"tokens {own_tokens.tolist()} for {tokens.tolist()}"
+        _assert_close(own_logits, logits, TOLERANCE, "logits of the steps")
+
+    for padded in (False, True):
+        with model.deterministic():
+            try:
+                compare(padded)
+            except Exception as error:
+                if padded:
+                    continue  # the network does not know its padding
+                raise NotAsked(f"{type(error).__name__}: {_short(error)}") from error
+        with _ensemble(model):
+            try:
+                compare(padded)
+            except ValueError as refusal:
+                if "use_cache=False" not in str(refusal):
+                    raise
+                settings["use_cache"] = False  # its advice is taken
+                compare(padded)
+
+
+PROPERTIES: tuple[Callable[[Case], None], ...] = (
+    is_silent_in_eval,
+    is_drawn_anew,
+    is_decided_by_the_seed,
+    has_the_scale_of_its_channels,
+    finds_its_level,
+    leaves_padding_alone,
+    learns_at_every_site,
+    has_the_gradient_of_differences,
+    recomputes_its_noise,
+    recomputes_its_noise_reentrantly,
+    averages_over_samples,
+    pairs_its_samples,
+    has_the_models_own_loss,
+    trains_in_bfloat16,
+    loads_what_it_saved,
+    merges_without_a_trace,
+    has_the_mean_of_its_samples,
+    is_the_network_without_variance,
+    answers_alike_with_a_cache,
+    answers_alike_behind_padding,
+    answers_alike_in_another_batch,
+    generates_step_by_step,
+)

@@ -1,0 +1,224 @@
+"""The matrix: every property of every kind of site of every model that can be shrunk.
+
+    python tests/matrix/run.py                       # all: tests/matrix/results.json and docs/matrix.md
+    python tests/matrix/run.py --models llama vit    # these, anew, into runs/matrix alone
+
+The first can be stopped and started again: a model that has a file in runs/matrix is not run again. Each model runs in
+a process of its own, with limits of time and memory, so that one that hangs or crashes is a failed row and no more.
+The exit status is 1 where a cell has failed.
+"""
+
+import argparse
+import collections
+import json
+import multiprocessing
+import resource
+import sys
+import time
+import warnings
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: Python put tests/matrix/ on the path, and the imports below start at the root
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from report.output_folder import write_whole
+from report.provenance import provenance
+from tests.matrix.other_models import ALL_SITES, OTHER_MODELS, Batch, build_other
+from tests.matrix.properties import PROPERTIES, Case, Network, NotAsked, Outcome, ask
+from tests.matrix.shrinking import build, causal_families
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_SECONDS = 900
+MAX_BYTES = 12 * 2**30
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.matrix.run"])
+
+
+# ---- one model ----
+
+
+def make_batch(model: nn.Module) -> Batch:
+    """Three rows for a causal language model, padded on the right, of which the first tokens have no label."""
+    ids = torch.randint(5, 180, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < torch.tensor([[12], [11], [10]])).long()
+    labels = ids.where(mask.bool() & (torch.arange(12) >= 3), -100)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def make_network(name: str) -> Network:
+    """Build a model by its name, of transformers' causal families or of `OTHER_MODELS`, and its batch.
+
+    Raises:
+        NotAsked: it cannot be shrunk, or does not run without noise either.
+    """
+    try:
+        model = build_other(name) if name in OTHER_MODELS else build(name)
+        batch = OTHER_MODELS[name].make_batch() if name in OTHER_MODELS else make_batch(model)
+        if name not in OTHER_MODELS:
+            with torch.no_grad():
+                outputs = model(**batch)
+            if not torch.isfinite(outputs.logits).all():
+                raise ValueError("its logits are not finite")
+    except Exception as error:
+        raise NotAsked(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    return Network(model, batch)
+
+
+def sites_of(name: str) -> dict[str, dict[str, str]]:
+    """The kinds of sites of a model: what the table calls them, and the fields of the config."""
+    sites = OTHER_MODELS[name].sites if name in OTHER_MODELS else ALL_SITES
+    return {site: {"target_sites" if site in ALL_SITES else "target_modules": site} for site in sites}
+
+
+def run_site(network: Network, sites: dict[str, str]) -> dict[str, Outcome]:
+    """Ask every property of one kind of site."""
+    case = Case(network, sites)
+    made = ask(lambda case: case.fresh and None, case)
+    if made.kind != "ok":
+        return {"is_made": made}
+    return {"is_made": made} | {check.__name__: ask(check, case) for check in PROPERTIES}
+
+
+def run_model(name: str, folder: Path) -> None:
+    """Ask every property of every kind of site of one model, and write a file."""
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    start = time.process_time()
+    try:
+        network = make_network(name)
+    except NotAsked as reason:
+        return _write(folder, name, {"not_built": str(reason)})
+    sites = {site: run_site(network, fields) for site, fields in sites_of(name).items()}
+    weights = network.weights if isinstance(network.weights, str) else "lora"
+    row = {"class": type(network.model).__name__, "weights": weights, "seconds": round(time.process_time() - start)}
+    _write(folder, name, row | {"sites": sites})
+
+
+def _write(folder: Path, name: str, row: dict[str, Any]) -> None:
+    write_whole(folder / f"{name}.json", json.dumps(row, indent=1) + "\n")
+
+
+def run_in_own_process(name: str, folder: Path) -> None:
+    """Run one model; one that ends by itself without a file, or does not end, has failed."""
+    process = SERVER.Process(target=run_model, args=(name, folder))
+    process.start()
+    process.join(MAX_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        _write(folder, name, {"failed": f"not done after {MAX_SECONDS} seconds"})
+    elif process.exitcode:
+        _write(folder, name, {"failed": f"its process ended with {process.exitcode}"})
+    print(name, flush=True)
+
+
+# ---- the table ----
+
+
+def cells(rows: dict[str, dict]) -> list[tuple[str, str, str, Outcome]]:
+    """All cells: model, site, property, outcome."""
+    return [
+        (model, site, name, Outcome(*outcome))
+        for model, row in rows.items()
+        for site, outcomes in row.get("sites", {}).items()
+        for name, outcome in outcomes.items()
+    ]
+
+
+def failures(rows: dict[str, dict]) -> list[str]:
+    """What has failed, a line each."""
+    whole = [f"{model}: {row['failed']}" for model, row in rows.items() if "failed" in row]
+    return whole + [f"{m} / {s} / {p}: {o.reason}" for m, s, p, o in cells(rows) if o.kind == "failed"]
+
+
+def format_page(rows: dict[str, dict]) -> str:
+    """The page of the documentation: a row per model, and every reason once."""
+    counts = collections.Counter(outcome.kind for *_, outcome in cells(rows))
+    lines = [
+        "# The matrix",
+        "",
+        "What was tried on which model: every causal architecture of the installed transformers, shrunk from its",
+        "own default config, and other kinds of models, with noise at every kind of site. `make matrix` runs it and",
+        "writes this page; the cells stand in `tests/matrix/results.json`.",
+        "",
+        f"**{counts['ok']:,} cells are right, {counts['refused']} refused, {counts['failed']} failed**; in",
+        f"{counts['base']:,} the network cannot do it without noise either.",
+        "",
+        "## The properties",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| `{check.__name__}` | {check.__doc__} |" for check in PROPERTIES),
+        "",
+        "## The models",
+        "",
+        "A cell is the number of properties that hold; `-n` are those that the network lacks without noise too, and",
+        "**refused** those that this package refuses, with a message (below). The weights are LoRA on all linear",
+        "layers, or all weights where PEFT cannot train that.",
+        "",
+        f"| model | weights | {' | '.join(ALL_SITES)} | others |",
+        "|---|---|" + "---|" * (len(ALL_SITES) + 1),
+    ]
+    built = {model: row for model, row in rows.items() if "sites" in row}
+    for model, row in built.items():
+        others = "; ".join(f"`{site}` {_cell(row, site)}" for site in row["sites"] if site not in ALL_SITES)
+        columns = [model, row["weights"], *(_cell(row, site) for site in ALL_SITES), others]
+        lines.append(f"| {' | '.join(columns)} |")
+    lines += ["", "## What is refused", ""]
+    lines += _reasons([(f"{m} ({s})", o.reason) for m, s, p, o in cells(rows) if o.kind == "refused"])
+    lines += ["", "## What was not built", ""]
+    lines += [f"* {model}: {row['not_built']}" for model, row in rows.items() if "not_built" in row]
+    if failed := failures(rows):
+        lines += ["", "## What has failed", "", *(f"* {line}" for line in failed)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, site: str) -> str:
+    kinds = collections.Counter(kind for kind, _ in row["sites"].get(site, {}).values())
+    parts = [str(kinds["ok"])] if kinds else []
+    parts += [f"-{kinds['base']}"] if kinds["base"] else []
+    parts += [f"**{kinds[kind]} {kind}**" for kind in ("refused", "failed") if kinds[kind]]
+    return " ".join(parts)
+
+
+def _reasons(cells: list[tuple[str, str]]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for place, reason in cells:
+        by_reason.setdefault(reason, []).append(place)
+    return [f"* {', '.join(dict.fromkeys(places))}: {reason}" for reason, places in by_reason.items()]
+
+
+# ---- the program ----
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the models that have no file yet, and write the results and the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", help="these alone, anew; the committed results stay")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "matrix", help="a file per model")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    options = parser.parse_args(arguments)
+    names = options.models or [*causal_families(), *OTHER_MODELS]
+    options.output.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in names if options.models or not (options.output / f"{name}.json").exists()]
+    with ThreadPool(options.jobs) as pool:
+        pool.map(lambda name: run_in_own_process(name, options.output), missing, chunksize=1)
+    rows = {name: json.loads((options.output / f"{name}.json").read_text()) for name in names}
+    if not options.models:
+        results = {"provenance": provenance(__file__, {"models": len(rows)}), "models": rows}
+        write_whole(Path(__file__).with_name("results.json"), json.dumps(results, indent=None) + "\n")
+        write_whole(ROOT / "docs" / "matrix.md", format_page(rows))
+    print("\n".join(failures(rows)) or "no cell has failed")
+    return 1 if failures(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
