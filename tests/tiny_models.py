@@ -79,8 +79,8 @@ PECULIAR = {
     },
     # Keys and values are written from latents, which are what the cache holds.
     "deepseek_v3": {
-        **{"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
-        **{"v_head_dim": 8, "first_k_dense_replace": 3},
+        **{"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "first_k_dense_replace": 3},
     },
     # The last layers see the last token alone when it is all that is asked for.
     "gemma4_text": {
