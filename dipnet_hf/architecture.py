@@ -62,6 +62,8 @@ _FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
 _TOKEN_DIMS: dict[str | None, tuple[int, int]] = {"xlnet": (1, 0), "gemma3n_text": (1, 2)}
 # Modules whose output is a choice, through which no gradient passes.
 _CHOOSER = re.compile(r"Indexer|PhimoeTopKRouter")
+# What decoder layers call their attention to an encoder.
+_CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "EncDecAttention"}
 # Factors of the logits by the names that configs give them, and whether they multiply or divide.
 _LOGIT_FACTORS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 # transformers' losses whose labels can be the classes of the model's outputs, one per output.
@@ -134,6 +136,19 @@ def input_embedding(model: Any) -> Any:
     except NotImplementedError:
         return None
     return embedding if hasattr(embedding, "weight") else None
+
+
+def input_embeddings(model: Any) -> list[nn.Module]:
+    """The tables of token embeddings that run: BART's encoder and decoder share the weight of one that does not."""
+    embedding = input_embedding(model)
+    if embedding is None:
+        return []
+    others: list[nn.Module] = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not embedding and module.weight is embedding.weight
+    ]
+    return others if is_encoder_decoder(model) and others else [embedding]
 
 
 def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
@@ -214,13 +229,25 @@ def mlp_of(layer: nn.Module) -> str | None:
     return next(iter(by_name or [name for name, _ in candidates]), None)
 
 
-def linears_of(layer: nn.Module) -> list[str]:
-    """The names of a layer's linear layers whose inputs can learn: those that run and pass gradients on."""
+def linears_of(layer: nn.Module, reads_encoder: bool = True) -> list[str]:
+    """The names of a layer's linear layers whose inputs can learn: those that run and pass gradients on.
+
+    Args:
+        layer (`nn.Module`): a decoder layer.
+        reads_encoder (`bool`): its model gives it an encoder's output to attend to.
+    """
     return [
         name
         for name, module in modules_outside_adapters(layer)
-        if isinstance(_base_layer(module), (nn.Linear, Conv1D)) and not _learns_nothing(layer, name)
+        if isinstance(_base_layer(module), (nn.Linear, Conv1D))
+        and not _learns_nothing(layer, name)
+        and (reads_encoder or not _CROSS_ATTENTION & set(name.split(".")))
     ]
+
+
+def reads_encoder(model: Any) -> bool:
+    """Whether decoder layers attend to an encoder too; those of BART as a causal language model could, and do not."""
+    return is_encoder_decoder(model) or bool(setting(model, "add_cross_attention"))
 
 
 def _learns_nothing(layer: nn.Module, name: str) -> bool:
@@ -450,5 +477,7 @@ def adds_router_loss(model: Any) -> bool:
 
 
 def router_loss_weight(model: Any) -> float:
-    """The weight of the load-balancing loss of a mixture of experts."""
-    return text_config(model).router_aux_loss_coef
+    """The weight of the load-balancing loss of a mixture of experts: what the model itself keeps, or its config's."""
+    own = [getattr(model, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef")]
+    known = [weight for weight in own if weight is not None]
+    return known[0] if known else text_config(model).router_aux_loss_coef

@@ -139,7 +139,7 @@ class PositionDraw(NamedTuple):
         raise ValueError(
             f"An ensemble draws noise for every token, but a site's input of shape {tuple(x.shape)} does not hold "
             f"{self.num_samples} samples of {num_rows // self.num_samples} rows of {length} tokens. Choose sites that "
-            "see every token."
+            "see these tokens, or average passes of model.sampling(seed)."
         )
 
     def repeated(self, number: int) -> "PositionDraw":

@@ -13,13 +13,14 @@ from .architecture import (
     decoder_layers,
     hidden_size,
     input_channels,
-    input_embedding,
+    input_embeddings,
     is_behind_padding_mask,
     linears_of,
     mlp_of,
     modules_outside_adapters,
     name_of,
     reads_cache,
+    reads_encoder,
 )
 from .config import DipConfig
 from .projection import Site
@@ -39,10 +40,10 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
     if config.target_modules is not None:
         return _named_sites(model, config)
     if config.target_sites == "embedding":
-        embedding = input_embedding(model)
-        if embedding is None:
+        embeddings = input_embeddings(model)
+        if not embeddings:
             raise ValueError(f"{type(model).__name__} has no input embedding. {NAME_MODULES}")
-        return [_site(model, name_of(model, embedding))]
+        return [_site(model, name_of(model, embedding)) for embedding in embeddings]
 
     layers = _select(decoder_layers(model), config)
     names = []
@@ -50,7 +51,7 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
         if config.target_sites == "decoder_layer":
             names.append(name)
         elif config.target_sites == "linear":
-            names += [f"{name}.{part}" for part in linears_of(layer)]
+            names += [f"{name}.{part}" for part in linears_of(layer, reads_encoder(model))]
         else:
             part = attention_of(layer) if config.target_sites == "attention" else mlp_of(layer)
             if part is not None:
@@ -67,7 +68,7 @@ def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
 def _site(model: nn.Module, name: str) -> Site:
     """The site at a module. A `Sequential` would run a projection that it holds, so its first module holds it."""
     module: Any = model.get_submodule(name)
-    if module is input_embedding(model):
+    if any(module is embedding for embedding in input_embeddings(model)):
         return Site(name, module.weight.shape[1], at_output=True)
     while type(module).forward is nn.Sequential.forward and len(module):
         first, module = next(iter(module.named_children()))

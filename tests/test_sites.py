@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.config import TARGET_SITES
 from dipnet_hf.sites import find_sites
-from tests.helpers import assert_same, projections, record
-from tests.tiny_models import ARCHITECTURES, CAUSAL, HIDDEN_SIZE, NUM_LAYERS, build, make_batch
+from tests.helpers import assert_same, projections, record, unshifted_bart
+from tests.tiny_models import ARCHITECTURES, CAUSAL, HIDDEN_SIZE, NUM_LAYERS, build, build_task, make_batch
 
 STD = 0.1
 STAGES = "resnet.encoder.stages"
@@ -124,6 +124,18 @@ def test_sites_of_an_asymmetric_encoder_decoder_are_in_the_decoder():
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2)
     model = get_dip_model(T5ForConditionalGeneration(config), DipConfig(weights="frozen"))
     assert [row["name"] for row in model.noise_summary()] == [f"decoder.block.{i}" for i in range(3)]
+
+
+def test_an_encoder_decoder_has_noise_in_both_its_embeddings():
+    names = [site.name for site in find_sites(build_task("bart"), dip_config(target_sites="embedding"))]
+    assert names == ["model.encoder.embed_tokens", "model.decoder.embed_tokens"]  # not model.shared, which never runs
+
+
+def test_attention_to_an_encoder_is_a_site_where_there_is_one():
+    config = dip_config(target_sites="linear")
+    with_encoder, alone = (find_sites(model, config) for model in (build_task("bart"), unshifted_bart()))
+    assert any("encoder_attn" in site.name for site in with_encoder)
+    assert alone and not any("encoder_attn" in site.name for site in alone)
 
 
 def test_channels_of_a_convolution_are_dimension_one():
