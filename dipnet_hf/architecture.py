@@ -168,6 +168,8 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     if getattr(config, "is_encoder_decoder", False):
         num_layers = getattr(config, "num_decoder_layers", num_layers)
         roots = roots[:1]
+    else:  # BART's decoder alone, whose `num_hidden_layers` are the encoder's
+        num_layers = getattr(config, "decoder_layers", num_layers)
     for root in roots:
         lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
         stacks = [
