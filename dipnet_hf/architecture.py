@@ -5,6 +5,7 @@ constant at the top of this file says so. To support a new family is to change t
 """
 
 import inspect
+import itertools
 import re
 import warnings
 from typing import Any, NamedTuple
@@ -152,7 +153,7 @@ def input_embeddings(model: Any) -> list[nn.Module]:
 
 
 def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
-    """Find the stack of layers of a transformer: the outermost `ModuleList` of `num_hidden_layers` entries.
+    """Find the stack of layers of a transformer: the outermost `ModuleList` of as many entries as the config says.
 
     In a composite model it is the one of the text model: of the module whose config is the text's.
 
@@ -163,31 +164,36 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
         ValueError: there is no such stack, or there are several and none is known to be the text's.
     """
     config = text_config(model)
-    num_layers = getattr(config, "num_hidden_layers", None)
     roots = [decoder for decoder in [_innermost_decoder(model), model] if decoder is not None]
+    # Of BART's decoder alone the second is the encoder's, and of LongCat-Flash twice the third.
+    names = ["decoder_layers", "num_hidden_layers", "num_layers"]
     if getattr(config, "is_encoder_decoder", False):
-        num_layers = getattr(config, "num_decoder_layers", num_layers)
-        roots = roots[:1]
-    else:  # BART's decoder alone, whose `num_hidden_layers` are the encoder's
-        num_layers = getattr(config, "decoder_layers", num_layers)
-    for root in roots:
-        lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
-        stacks = [
-            (name, module)
-            for name, module in lists
-            if len(module) == num_layers and not any(name.startswith(f"{outer}.") for outer, _ in lists)
-        ]
-        own = [(name, module) for name, module in stacks if isinstance(_config_around(root, name), type(config))]
-        if not own and len(stacks) > 1:
-            raise ValueError(
-                f"{type(model).__name__} has several stacks of {num_layers} layers, {[name for name, _ in stacks]}. "
-                f"{NAME_MODULES}"
-            )
-        if stacks:
-            module = (own or stacks)[0][1]
+        names, roots = ["num_decoder_layers", "num_hidden_layers"], roots[:1]
+    known = [getattr(config, name, None) for name in names]
+    lengths = list(dict.fromkeys(length for length in known if length is not None))
+    for length, root in itertools.product(lengths, roots):
+        module = _stack(model, root, length, type(config))
+        if module is not None:
             stack = name_of(model, module)
             return [(f"{stack}.{i}", layer) for i, layer in enumerate(module)]
-    raise ValueError(f"No stack of {num_layers} layers was found in {type(model).__name__}. {NAME_MODULES}")
+    wanted = " or ".join(map(str, lengths)) or "known length"
+    raise ValueError(f"No stack of {wanted} layers was found in {type(model).__name__}. {NAME_MODULES}")
+
+
+def _stack(model: nn.Module, root: nn.Module, length: int, config_class: type) -> nn.ModuleList | None:
+    lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [
+        (name, module)
+        for name, module in lists
+        if len(module) == length and not any(name.startswith(f"{outer}.") for outer, _ in lists)
+    ]
+    own = [(name, module) for name, module in stacks if isinstance(_config_around(root, name), config_class)]
+    if not own and len(stacks) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of {length} layers, {[name for name, _ in stacks]}. "
+            f"{NAME_MODULES}"
+        )
+    return (own or stacks)[0][1] if stacks else None
 
 
 def layers_if_any(model: Any) -> list[nn.Module]:

@@ -133,8 +133,8 @@ class ScaleMeter:
         if unused:
             raise ValueError(
                 f"{len(unused)} of {len(self._projections)} sites never ran in the calibration: {unused[:5]}. Give "
-                "batches that reach them (an expert of a mixture may need more), or, where the model never calls "
-                "them, name the sites without them with target_modules."
+                "batches that reach them (an expert of a mixture may need more, a layer that reads images needs one), "
+                "or, where the model never calls them, choose layers_to_transform or target_modules without them."
             )
         if fewest < _FEW_TOKENS:
             warnings.warn(

@@ -138,6 +138,12 @@ def test_attention_to_an_encoder_is_a_site_where_there_is_one():
     assert alone and not any("encoder_attn" in site.name for site in alone)
 
 
+def test_the_stack_is_found_by_whichever_count_of_layers_fits(tiny_llama):
+    tiny_llama.config.num_layers = NUM_LAYERS
+    tiny_llama.config.num_hidden_layers = 2 * NUM_LAYERS  # LongCat-Flash counts two in each layer
+    assert len(find_sites(tiny_llama, dip_config())) == NUM_LAYERS
+
+
 def test_channels_of_a_convolution_are_dimension_one():
     batch = make_batch("resnet", num_rows=64)
     site = "resnet.encoder.stages.1.layers.0.layer.0.convolution"

@@ -442,8 +442,10 @@ def averages_over_samples(case: Case) -> None:
     """Two samples in the upper half of the layers cost what twice the rows do, in loss and gradients."""
     layers: dict[str, Any] = {}
     if case.sites.get("target_sites") in ("decoder_layer", "attention", "mlp", "linear"):
-        count = len(decoder_layers(case.network.model))
-        layers = {"layers_to_transform": list(range(count // 2, count))}
+        stack = [f"{name}." for name, _ in decoder_layers(case.network.model)]
+        sites = tuple(f"{p.site.name}." for p in _projections(case.fresh))
+        projected = [i for i, layer in enumerate(stack) if any(site.startswith(layer) for site in sites)]
+        layers = {"layers_to_transform": projected[len(projected) // 2 :]}
     model = _moved(case.make(num_samples=2, **layers))
     loss, gradients = _backward(model, case.batch)
     model.train()

@@ -114,7 +114,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 # They have no grouped queries.
 _FAMILIES |= dict.fromkeys(["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"], _ALL_HEADS)
-_FAMILIES |= dict.fromkeys(["glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "youtu"], _ALL_HEADS)
+_FAMILIES |= dict.fromkeys(
+    ["glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"], _ALL_HEADS
+)
 
 
 def causal_families() -> list[str]:
