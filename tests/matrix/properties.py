@@ -205,6 +205,10 @@ def _assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str)
     assert difference <= tolerance, f"{what}: {difference:.2e} apart"
 
 
+def _assert_finite(a: torch.Tensor) -> None:
+    assert torch.isfinite(a).all(), "not finite"
+
+
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / (b.abs().max() + 1e-12))
@@ -379,7 +383,7 @@ def has_the_gradient_of_differences(case: Case) -> None:
     """The gradient of the log-variances is that of central differences in float64, with the same noise."""
     base = copy.deepcopy(case.network.model).double()
     batch = _cast(case.batch, torch.float64)
-    case.network.once("float64", lambda: base(**batch))
+    case.network.once("float64", lambda: _assert_finite(base(**batch).logits))
     model = case.make(base)
     logvars = model.logvars()
     generator = torch.Generator().manual_seed(3)
@@ -435,7 +439,7 @@ def _compare_with_checkpointing(case: Case, use_reentrant: bool) -> None:
     name = f"checkpointing, use_reentrant={use_reentrant}"
     plain = case.network.plain
     case.network.once(name, lambda: compare(plain(), lambda model: model(**case.batch).loss))
-    compare(copy.deepcopy(case.trained), lambda model: dip_loss(model, case.batch).loss)
+    compare(_moved(case.make()), lambda model: dip_loss(model, case.batch).loss)
 
 
 def averages_over_samples(case: Case) -> None:

@@ -45,9 +45,11 @@ SERVER.set_forkserver_preload(["tests.matrix.run"])
 
 def make_batch(model: nn.Module) -> Batch:
     """Three rows for a causal language model, padded on the right, of which the first tokens have no label."""
-    ids = torch.randint(5, 180, (3, 12), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(12) < torch.tensor([[12], [11], [10]])).long()
-    labels = ids.where(mask.bool() & (torch.arange(12) >= 3), -100)
+    length = 2 * getattr(model.config, "local_attn_chunk_length", 6)  # Reformer trains on whole chunks
+    ids = torch.randint(5, 180, (3, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length)
+    mask = (positions < length - torch.arange(3)[:, None]).long()
+    labels = ids.where(mask.bool() & (positions >= 3), -100)
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
