@@ -9,7 +9,6 @@ step, a pass over the whole sequence, another batch and another padding see the 
 Shape legend: S samples, B batch, L sequence, V vocabulary. Row s * B + b is sample s of row b.
 """
 
-import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +118,6 @@ class Ensemble:
         names = [projection.site.name for projection in projections]
         self.expansion = LateExpansion(model, layers_from(model, names), self.num_samples)
         self._noises = position_noises(self.seed, len(projections), self.num_samples)
-        self._parameters = list(inspect.signature(self.model.forward).parameters)
         self._now = EnsemblePass()
 
     # ---- into the model ----
@@ -139,7 +137,7 @@ class Ensemble:
             return None, []  # without noise one sample is as good as many
         if projections != self.projections:
             raise ValueError("The adapter was changed within an ensemble: change it before the ensemble begins.")
-        inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        inputs = dict(kwargs)
         names = (*TEXT_INPUTS, getattr(self.model, "main_input_name", ""), *inputs)
         name = next((name for name in names if isinstance(inputs.get(name), torch.Tensor)), None)
         if name is None:

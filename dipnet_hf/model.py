@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import os
 import warnings
@@ -111,6 +112,8 @@ class DipModel(BaseTuner):
                 "PeftModel.from_pretrained(model, adapter), and make a new one with get_dip_model."
             )
         super().__init__(model, peft_config, *args, **kwargs)
+        parameters = inspect.signature(model.forward).parameters.values()
+        self._input_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         # They stay: hooks that come and go with a context would do so within the forward pass of another thread.
         self._hooks = [
             model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
@@ -265,6 +268,8 @@ class DipModel(BaseTuner):
                 )
             return None
         projections = [projection for projection in self._projections if projection.sampling]
+        if len(args) <= len(self._input_names):  # else some have no name
+            args, kwargs = (), dict(zip(self._input_names, args, strict=False)) | kwargs
         changed, draws = self._pass.get().begin(args, kwargs, projections)
         for projection, draw in zip(projections, draws, strict=True):
             projection.set_draw(draw)

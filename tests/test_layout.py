@@ -178,6 +178,18 @@ def test_padding_before_a_convolution_has_no_noise(name, fields):
     assert not noise_BLD[:, :3].any() and noise_BLD[:, 3:].all(dim=-1).any()
 
 
+@torch.no_grad()
+def test_a_mask_that_is_given_by_position_is_seen():
+    model = dip_model("lfm2", [make_batch("lfm2")], weights="frozen", target_sites="linear").eval()
+    padded = left_padded(make_batch("lfm2")["input_ids"][:, :7].clamp(min=3))
+    network = model.get_base_model()  # a PeftModel hands on by name what it knows
+    for context in (lambda: model.sampling(seed=0), lambda: model.ensemble(2)):
+        with context():
+            by_name = network(**padded).logits
+        with context():
+            assert torch.equal(network(padded["input_ids"], padded["attention_mask"]).logits, by_name)
+
+
 # ---- ensembles ----
 
 

@@ -95,7 +95,6 @@ _ENCODER_LAYERS = r".*encoder\.layers\.\d+"
 OTHER_MODELS: dict[str, OtherModel] = {
     "vit_classes": OtherModel("ViTForImageClassification", _IMAGE_CLASSES, images),
     "dinov2_classes": OtherModel("Dinov2ForImageClassification", _IMAGE_CLASSES | {"mlp_ratio": 2}, images),
-    "dinov3_vit_classes": OtherModel("DINOv3ViTForImageClassification", _IMAGE_CLASSES, images),
     "resnet_classes": OtherModel(
         "ResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": NUM_CLASSES},

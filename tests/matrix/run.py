@@ -12,10 +12,12 @@ import argparse
 import collections
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -78,13 +80,15 @@ def sites_of(name: str) -> dict[str, dict[str, str]]:
     return {site: {"target_sites" if site in ALL_SITES else "target_modules": site} for site in sites}
 
 
-def run_site(network: Network, sites: dict[str, str]) -> dict[str, Outcome]:
-    """Ask every property of one kind of site."""
+def run_site(
+    network: Network, sites: dict[str, str], properties: Iterable[Callable[[Case], None]] = PROPERTIES
+) -> dict[str, Outcome]:
+    """Ask the properties of one kind of site."""
     case = Case(network, sites)
     made = ask(lambda case: case.fresh and None, case)
     if made.kind != "ok":
         return {"is_made": made}
-    return {"is_made": made} | {check.__name__: ask(check, case) for check in PROPERTIES}
+    return {"is_made": made} | {check.__name__: ask(check, case) for check in properties}
 
 
 def run_model(name: str, folder: Path) -> None:
@@ -149,7 +153,7 @@ def format_page(rows: dict[str, dict]) -> str:
         "",
         "What was tried on which model: every causal architecture of the installed transformers, shrunk from its",
         "own default config, and other kinds of models, with noise at every kind of site. `make matrix` runs it and",
-        "writes this page; the cells stand in `tests/matrix/results.json`.",
+        "writes this page; every cell that is not right stands in `tests/matrix/results.json`.",
         "",
         f"**{counts['ok']:,} cells are right, {counts['refused']} refused, {counts['failed']} failed**; in",
         f"{counts['base']:,} the network cannot do it without noise either.",
@@ -192,10 +196,20 @@ def _cell(row: dict, site: str) -> str:
 
 
 def _reasons(cells: list[tuple[str, str]]) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
+    """A line per reason, with the first of those that differ in their names and numbers only."""
+    by_kind: dict[str, list[tuple[str, str]]] = {}
     for place, reason in cells:
-        by_reason.setdefault(reason, []).append(place)
-    return [f"* {', '.join(dict.fromkeys(places))}: {reason}" for reason, places in by_reason.items()]
+        by_kind.setdefault(re.sub(r"'[^']*'|[\d.]+|\w+(?=For|Block)", "", reason), []).append((place, reason))
+    return [f"* {', '.join(dict.fromkeys(place for place, _ in same))}: {same[0][1]}" for same in by_kind.values()]
+
+
+def _without_ok(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is committed: the cells that are not right."""
+    sites = {
+        site: {name: outcome for name, outcome in outcomes.items() if outcome[0] != "ok"}
+        for site, outcomes in row.get("sites", {}).items()
+    }
+    return row | ({"sites": sites} if sites else {})
 
 
 # ---- the program ----
@@ -215,8 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
         pool.map(lambda name: run_in_own_process(name, options.output), missing, chunksize=1)
     rows = {name: json.loads((options.output / f"{name}.json").read_text()) for name in names}
     if not options.models:
-        results = {"provenance": provenance(__file__, {"models": len(rows)}), "models": rows}
-        write_whole(Path(__file__).with_name("results.json"), json.dumps(results, indent=None) + "\n")
+        origin = provenance(__file__, {"properties": ["is_made", *(check.__name__ for check in PROPERTIES)]})
+        results = {"provenance": origin, "not_ok": {name: _without_ok(row) for name, row in rows.items()}}
+        write_whole(Path(__file__).with_name("results.json"), json.dumps(results, indent=1) + "\n")
         write_whole(ROOT / "docs" / "matrix.md", format_page(rows))
     print("\n".join(failures(rows)) or "no cell has failed")
     return 1 if failures(rows) else 0

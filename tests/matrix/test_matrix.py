@@ -4,7 +4,15 @@ import pytest
 
 from tests.matrix import run
 from tests.matrix.other_models import OTHER_MODELS
-from tests.matrix.properties import PROPERTIES, NotAsked, Outcome, ask
+from tests.matrix.properties import (
+    PROPERTIES,
+    NotAsked,
+    Outcome,
+    ask,
+    has_the_gradient_of_differences,
+    recomputes_its_noise_reentrantly,
+    trains_in_bfloat16,
+)
 from tests.matrix.shrinking import causal_families
 
 # PEFT and TRL's own calls; a site of a tiny batch sees few tokens.
@@ -35,16 +43,19 @@ SAMPLE = {
     "convnext_classes": r".*layers\.\d+",
     "deberta_v2_classes": "decoder_layer",
 }
+# `make matrix` asks them too.
+SLOW = (has_the_gradient_of_differences, recomputes_its_noise_reentrantly, trains_in_bfloat16)
+QUICK = [check for check in PROPERTIES if check not in SLOW]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_every_property_holds(name):
     if name not in (*causal_families(), *OTHER_MODELS):
         pytest.skip(f"transformers has no {name} yet")
-    outcomes = run.run_site(run.make_network(name), run.sites_of(name)[SAMPLE[name]])
+    outcomes = run.run_site(run.make_network(name), run.sites_of(name)[SAMPLE[name]], QUICK)
     wrong = {check: outcome for check, outcome in outcomes.items() if outcome.kind not in ("ok", "base")}
     assert wrong == {}
-    assert sum(outcome.kind == "ok" for outcome in outcomes.values()) > len(PROPERTIES) / 2
+    assert sum(outcome.kind == "ok" for outcome in outcomes.values()) > len(QUICK) / 2
 
 
 def test_a_refusal_is_one_of_this_package():
@@ -57,3 +68,20 @@ def test_a_refusal_is_one_of_this_package():
     assert ask(lambda case: None, None) == Outcome("ok")
     assert ask(break_off, None) == Outcome("base", "no cache")
     assert ask(refuse, None).kind == "failed"
+
+
+def test_the_page_counts_the_cells_and_gives_every_reason_once():
+    refused = ["refused", "Site 'a.0' should have 64 channels."]
+    sites = {"mlp": {"is_made": ["ok", ""], "is_drawn_anew": refused, "finds_its_level": ["base", "no labels"]}}
+    rows = {
+        "first": {"weights": "lora", "sites": sites},
+        "second": {"weights": "full", "sites": {"mlp": {"is_drawn_anew": ["refused", refused[1].replace("64", "8")]}}},
+        "third": {"failed": "its process ended with -9"},
+        "fourth": {"not_built": "ImportError: timm"},
+    }
+    page = run.format_page(rows)
+    assert "**1 cells are right, 2 refused, 0 failed**" in page
+    assert "| first | lora |  |  | 1 -1 **1 refused** |  |  |  |" in page
+    assert "* first (mlp), second (mlp): Site 'a.0' should have 64 channels.\n" in page
+    assert "* fourth: ImportError: timm" in page and "* third: its process ended with -9" in page
+    assert run.failures(rows) == ["third: its process ended with -9"]
