@@ -62,7 +62,7 @@ _FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
 # Rows and sequence of what decoder layers get, where they do not come first: the length does, or the streams.
 _TOKEN_DIMS: dict[str | None, tuple[int, int]] = {"xlnet": (1, 0), "gemma3n_text": (1, 2)}
 # Modules whose output is a choice, through which no gradient passes.
-_CHOOSER = re.compile(r"Indexer|PhimoeTopKRouter")
+_CHOOSER = re.compile(r"Indexer|PhimoeTopKRouter|LongcatFlashTopkRouter")
 # What decoder layers call their attention to an encoder.
 _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "EncDecAttention"}
 # Factors of the logits by the names that configs give them, and whether they multiply or divide.
@@ -142,14 +142,11 @@ def input_embedding(model: Any) -> Any:
 def input_embeddings(model: Any) -> list[nn.Module]:
     """The tables of token embeddings that run: BART's encoder and decoder share the weight of one that does not."""
     embedding = input_embedding(model)
-    if embedding is None:
-        return []
-    others: list[nn.Module] = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module is not embedding and module.weight is embedding.weight
-    ]
-    return others if is_encoder_decoder(model) and others else [embedding]
+    if embedding is None or not is_encoder_decoder(model):
+        return [] if embedding is None else [embedding]
+    modules = [*model.get_encoder().modules(), *model.get_decoder().modules()]
+    tables = [module for module in modules if isinstance(module, nn.Embedding) and module.weight is embedding.weight]
+    return list(dict.fromkeys(tables)) or [embedding]
 
 
 def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
@@ -188,7 +185,8 @@ def _stack(model: nn.Module, root: nn.Module, length: int, config_class: type) -
         if len(module) == length and not any(name.startswith(f"{outer}.") for outer, _ in lists)
     ]
     own = [(name, module) for name, module in stacks if isinstance(_config_around(root, name), config_class)]
-    if not own and len(stacks) > 1:
+    are_parts = len({name.rpartition(".")[0] for name, _ in own}) < len(own)  # XLM has a list for each part of a layer
+    if are_parts or (not own and len(stacks) > 1):
         raise ValueError(
             f"{type(model).__name__} has several stacks of {length} layers, {[name for name, _ in stacks]}. "
             f"{NAME_MODULES}"
@@ -219,14 +217,24 @@ def _config_around(root: nn.Module, name: str) -> Any:
 
 def attention_of(layer: nn.Module) -> str | None:
     """The name of a layer's attention, None if it has none."""
-    return next((name for name, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
+    return next((name for name, child in _parts(layer) if "attention" in type(child).__name__.lower()), None)
+
+
+def _parts(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A layer's parts; those that are unlike each other may stand in a list, as T5's do."""
+    parts = []
+    for name, child in layer.named_children():
+        is_list_of_parts = isinstance(child, nn.ModuleList) and len({type(part) for part in child}) == len(child)
+        entries = child.named_children() if is_list_of_parts else []
+        parts += [(f"{name}.{number}", part) for number, part in entries] or [(name, child)]
+    return parts
 
 
 def mlp_of(layer: nn.Module) -> str | None:
     """The name of a layer's feed-forward block, or of what stands for it: the first weight matrix past attention."""
     candidates = [
         (name, type(child).__name__)
-        for name, child in layer.named_children()
+        for name, child in _parts(layer)
         if "attention" not in type(child).__name__.lower()
         and not re.search(r"attn|mamba|ssm", name)
         and any(parameter.dim() >= 2 for parameter in child.parameters())

@@ -78,6 +78,11 @@ def _site(model: nn.Module, name: str) -> Site:
             f"'{name}' ({type(module).__name__}) is a container, which takes whatever it holds for a part of the "
             "model, so noise cannot enter it. Name the modules in it, or the one around it."
         )
+    if hasattr(module, "backward_pass"):
+        raise ValueError(
+            f"'{name}' ({type(module).__name__}) is a reversible layer, which computes its input anew in the backward "
+            "pass, without the noise. Choose its parts as the sites, as target_sites='attention' does."
+        )
     channels = input_channels(module) or _hidden_size(model, name)
     return Site(
         *(name, *channels),

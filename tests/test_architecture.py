@@ -89,6 +89,12 @@ class TextConfig(SimpleNamespace):
     num_hidden_layers = NUM_LAYERS
 
 
+def test_a_list_for_each_part_of_a_layer_is_no_stack(tiny_llama):
+    tiny_llama.model.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(NUM_LAYERS))
+    with pytest.raises(ValueError, match=r"several stacks of 3 layers, \['layers', 'norms'\]"):
+        decoder_layers(tiny_llama)
+
+
 def test_a_model_without_a_known_stack_runs_all_samples_from_its_inputs_on():
     model = build("llama")
     assert layers_from(model, ["model.layers.2"]) == [model.model.layers[2]]

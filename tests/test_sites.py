@@ -126,9 +126,25 @@ def test_sites_of_an_asymmetric_encoder_decoder_are_in_the_decoder():
     assert [row["name"] for row in model.noise_summary()] == [f"decoder.block.{i}" for i in range(3)]
 
 
-def test_an_encoder_decoder_has_noise_in_both_its_embeddings():
-    names = [site.name for site in find_sites(build_task("bart"), dip_config(target_sites="embedding"))]
+@pytest.mark.parametrize("name", ["bart", "marian"])
+def test_an_encoder_decoder_has_noise_in_both_its_embeddings(name):
+    names = [site.name for site in find_sites(build_task(name), dip_config(target_sites="embedding"))]
     assert names == ["model.encoder.embed_tokens", "model.decoder.embed_tokens"]  # not model.shared, which never runs
+
+
+def test_parts_of_a_layer_may_stand_in_a_list():
+    names = {
+        target_sites: [site.name for site in find_sites(build_task("t5"), dip_config(target_sites=target_sites))]
+        for target_sites in ("attention", "mlp")
+    }
+    assert names["attention"] == [f"decoder.block.{i}.layer.0" for i in range(NUM_LAYERS)]
+    assert names["mlp"] == [f"decoder.block.{i}.layer.2" for i in range(NUM_LAYERS)]
+
+
+def test_a_reversible_layer_is_refused(tiny_llama):
+    tiny_llama.model.layers[1].backward_pass = lambda: None
+    with pytest.raises(ValueError, match=r"'model.layers.1' .* is a reversible layer.*target_sites='attention'"):
+        find_sites(tiny_llama, dip_config())
 
 
 def test_attention_to_an_encoder_is_a_site_where_there_is_one():

@@ -305,7 +305,7 @@ def finds_its_level(case: Case) -> None:
     if not labels.is_floating_point() and logits.shape[:-1] == labels.shape:
         probabilities = logits[labels != -100].softmax(-1)
         entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1).mean()
-        if math.log(logits.shape[-1]) - entropy < 0.5:
+        if math.log(logits.shape[-1]) - entropy < 1.0:
             raise NotAsked("it predicts nothing yet")
     # Enough for a few dozen tokens, where experts that are chosen otherwise make the loss jump.
     model = case.make(init_noise_std="auto", init_loss_increase=0.2)
