@@ -116,7 +116,7 @@ def test_micro_batches_add_up_to_the_large_batch():
 def test_the_router_losses_of_micro_batches_add_up_to_that_of_the_large_batch(num_samples):
     """The tokens of all micro-batches are the same here, and so is their load; their labels are not."""
     base = build("mixtral")
-    base.config.output_router_logits, base.config.router_aux_loss_coef = True, 0.5
+    base.config.output_router_logits, base.router_aux_loss_coef = True, 0.5
     model = dip_model(base, noise_scale="absolute", init_noise_std=0.0, num_samples=num_samples).train()
     part = make_batch("llama")
     num_supervised = (2, 4, 7)  # of the ten tokens at most

@@ -32,7 +32,7 @@ def test_a_massive_token_moves_the_rms_alone():
     )
 
 
-def test_rows_are_measured_once(shared, tmp_path, monkeypatch, capsys):
+def test_rows_are_measured_once(shared, few_problems, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noise_scale, "RESULTS", tmp_path)
     monkeypatch.setattr(noise_scale, "STDS", (0.05, 0.2))
     monkeypatch.setattr(noise_scale, "NUM_CALIBRATION_BATCHES", 1)
@@ -40,8 +40,13 @@ def test_rows_are_measured_once(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noise_scale, "NUM_VALIDATION", 2)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    settings = [f"model={shared / 'models' / 'stories260K'}", f"dataset={shared / 'data' / 'gsm8k'}"]
-    settings += ["training.per_device_train_batch_size=2", "training.save_strategy=no", "dip.init_loss_increase=0.5"]
+    settings = [f"model={shared / 'models' / 'stories260K'}", f"dataset={few_problems}"]
+    settings += [
+        "num_validation_samples=2",
+        "training.per_device_train_batch_size=2",
+        "training.save_strategy=no",
+        "dip.init_loss_increase=0.5",
+    ]
     scales = ["median_deviation", "update_deviation"]
     arguments = [str(CONFIG), "--set", *settings, "--scales", *scales]
     noise_scale.main([*arguments, "--train", "1"])
