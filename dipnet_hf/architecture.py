@@ -63,8 +63,8 @@ _FIXED_OUTPUT_SHAPE = {"gpt_bigcode"}
 _TOKEN_DIMS: dict[str | None, tuple[int, int]] = {"xlnet": (1, 0), "gemma3n_text": (1, 2)}
 # Modules whose output is a choice, through which no gradient passes.
 _CHOOSER = re.compile(r"Indexer|PhimoeTopKRouter|LongcatFlashTopkRouter")
-# What decoder layers call their attention to an encoder.
-_CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "EncDecAttention"}
+# What layers of BART's kind call their attention to an encoder, which they have without an encoder too.
+_CROSS_ATTENTION = "encoder_attn"
 # Factors of the logits by the names that configs give them, and whether they multiply or divide.
 _LOGIT_FACTORS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 # transformers' losses whose labels can be the classes of the model's outputs, one per output.
@@ -140,13 +140,11 @@ def input_embedding(model: Any) -> Any:
 
 
 def input_embeddings(model: Any) -> list[nn.Module]:
-    """The tables of token embeddings that run: BART's encoder and decoder share the weight of one that does not."""
-    embedding = input_embedding(model)
-    if embedding is None or not is_encoder_decoder(model):
-        return [] if embedding is None else [embedding]
-    modules = [*model.get_encoder().modules(), *model.get_decoder().modules()]
-    tables = [module for module in modules if isinstance(module, nn.Embedding) and module.weight is embedding.weight]
-    return list(dict.fromkeys(tables)) or [embedding]
+    """The tables of token embeddings: the encoder's and the decoder's, if there are both."""
+    parts = [model.get_encoder(), model.get_decoder()] if is_encoder_decoder(model) else [model]
+    tables = dict.fromkeys(input_embedding(part) for part in parts)
+    is_of_sound = nn.modules.conv._ConvNd  # as the first layer of Whisper's encoder
+    return [table for table in tables if table is not None and not isinstance(_base_layer(table), is_of_sound)]
 
 
 def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
@@ -162,8 +160,8 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     """
     config = text_config(model)
     roots = [decoder for decoder in [_innermost_decoder(model), model] if decoder is not None]
-    # Of BART's decoder alone the second is the encoder's, and of LongCat-Flash twice the third.
-    names = ["decoder_layers", "num_hidden_layers", "num_layers"]
+    # Of a decoder alone, such as BART's, `num_hidden_layers` are the encoder's; of LongCat-Flash, twice `num_layers`.
+    names = ["decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers"]
     if getattr(config, "is_encoder_decoder", False):
         names, roots = ["num_decoder_layers", "num_hidden_layers"], roots[:1]
     known = [getattr(config, name, None) for name in names]
@@ -173,7 +171,9 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
         if module is not None:
             stack = name_of(model, module)
             return [(f"{stack}.{i}", layer) for i, layer in enumerate(module)]
-    wanted = " or ".join(map(str, lengths)) or "known length"
+    if not lengths:
+        raise ValueError(f"The config of {type(model).__name__} does not say how many layers it has. {NAME_MODULES}")
+    wanted = " or ".join(map(str, lengths))
     raise ValueError(f"No stack of {wanted} layers was found in {type(model).__name__}. {NAME_MODULES}")
 
 
@@ -185,8 +185,9 @@ def _stack(model: nn.Module, root: nn.Module, length: int, config_class: type) -
         if len(module) == length and not any(name.startswith(f"{outer}.") for outer, _ in lists)
     ]
     own = [(name, module) for name, module in stacks if isinstance(_config_around(root, name), config_class)]
-    are_parts = len({name.rpartition(".")[0] for name, _ in own}) < len(own)  # XLM has a list for each part of a layer
-    if are_parts or (not own and len(stacks) > 1):
+    if len({name.rpartition(".")[0] for name, _ in own}) < len(own):  # XLM has a list for each part of a layer
+        own = [(name, module) for name, module in own if attention_of(module[0])]
+    if not own and len(stacks) > 1:
         raise ValueError(
             f"{type(model).__name__} has several stacks of {length} layers, {[name for name, _ in stacks]}. "
             f"{NAME_MODULES}"
@@ -217,24 +218,14 @@ def _config_around(root: nn.Module, name: str) -> Any:
 
 def attention_of(layer: nn.Module) -> str | None:
     """The name of a layer's attention, None if it has none."""
-    return next((name for name, child in _parts(layer) if "attention" in type(child).__name__.lower()), None)
-
-
-def _parts(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """A layer's parts; those that are unlike each other may stand in a list, as T5's do."""
-    parts = []
-    for name, child in layer.named_children():
-        is_list_of_parts = isinstance(child, nn.ModuleList) and len({type(part) for part in child}) == len(child)
-        entries = child.named_children() if is_list_of_parts else []
-        parts += [(f"{name}.{number}", part) for number, part in entries] or [(name, child)]
-    return parts
+    return next((name for name, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
 
 
 def mlp_of(layer: nn.Module) -> str | None:
     """The name of a layer's feed-forward block, or of what stands for it: the first weight matrix past attention."""
     candidates = [
         (name, type(child).__name__)
-        for name, child in _parts(layer)
+        for name, child in layer.named_children()
         if "attention" not in type(child).__name__.lower()
         and not re.search(r"attn|mamba|ssm", name)
         and any(parameter.dim() >= 2 for parameter in child.parameters())
@@ -257,7 +248,7 @@ def linears_of(layer: nn.Module, reads_encoder: bool = True) -> list[str]:
         for name, module in modules_outside_adapters(layer)
         if isinstance(_base_layer(module), (nn.Linear, Conv1D))
         and not _learns_nothing(layer, name)
-        and (reads_encoder or not _CROSS_ATTENTION & set(name.split(".")))
+        and (reads_encoder or _CROSS_ATTENTION not in name.split("."))
     ]
 
 

@@ -113,7 +113,8 @@ class DipModel(BaseTuner):
             )
         super().__init__(model, peft_config, *args, **kwargs)
         parameters = inspect.signature(model.forward).parameters.values()
-        self._input_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        has_nameless = any(p.kind is p.POSITIONAL_ONLY for p in parameters)
+        self._input_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and not has_nameless]
         # They stay: hooks that come and go with a context would do so within the forward pass of another thread.
         self._hooks = [
             model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),

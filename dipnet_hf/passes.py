@@ -87,8 +87,9 @@ def _layout(args: tuple, kwargs: dict[str, Any]) -> Layout | None:
     """The layout of a pass on these inputs, None where none of them is a tensor."""
     text = next((kwargs[name] for name in TEXT_INPUTS if kwargs.get(name) is not None), None)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() > 0]
-    if text is None and args and tensors and not tensors[0].is_floating_point():
-        text = tensors[0]
+    first = next(iter((*args, *kwargs.values())), None)  # whatever it is called
+    if text is None and isinstance(first, torch.Tensor) and first.dim() > 0 and not first.is_floating_point():
+        text = first
     if text is None:
         return Layout(tensors[0].shape[0]) if tensors else None
     if text.dim() < 2:

@@ -85,7 +85,8 @@ def _site(model: nn.Module, name: str) -> Site:
         )
     channels = input_channels(module) or _hidden_size(model, name)
     return Site(
-        *(name, *channels),
+        name,
+        *channels,
         spares_padding=is_behind_padding_mask(model, name),
         reads_cache=reads_cache(model, name),
     )

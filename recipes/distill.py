@@ -319,19 +319,19 @@ def compare(
     sizes = [len(heldout) if size is None else size for size in config.heldout_sizes.values()]
     rows = heldout.select(range(min(max(sizes), len(heldout))))
 
-    def measure_mean(model: torch.nn.Module, compare_samples: list[int]) -> dict[int, list[torch.Tensor]]:
+    def measure_in_batches(model: torch.nn.Module, compare_samples: list[int]) -> dict[int, list[torch.Tensor]]:
         # A problem is as many rows of the model as there are samples.
         loader = DataLoader(rows, max(1, batch_size // max(compare_samples)), collate_fn=collator)
         return measure(model, loader, compare_samples)
 
     with teacher.deterministic():
-        noise_off = measure_mean(teacher, [1])[1]
+        noise_off = measure_in_batches(teacher, [1])[1]
     with teacher.ensemble_samples(max(config.compare_samples)):
-        ensembles = measure_mean(teacher, config.compare_samples)
+        ensembles = measure_in_batches(teacher, config.compare_samples)
     measured = {
         "noise_off": noise_off,
         **{f"ensemble_{k}": figures for k, figures in ensembles.items()},
-        "distilled": measure_mean(student.eval(), [1])[1],
+        "distilled": measure_in_batches(student.eval(), [1])[1],
     }
     return {
         method: {name: summarize(figures, size) for name, size in config.heldout_sizes.items()}

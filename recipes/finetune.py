@@ -195,12 +195,13 @@ def mean_nll(prediction) -> dict[str, float]:
 def evaluate(trainer: Trainer, heldout, name: str = "eval", num_samples: int = 1) -> dict[str, float]:
     """Measure the NLL of a held-out set, in eval mode; without one there is nothing to measure.
 
-    In an ensemble a problem is `num_samples` rows of the model, and so many problems fewer make a batch.
+    In an ensemble a problem is `num_samples` rows of the model, so a batch has so many times fewer problems.
     """
     if heldout is None:
         return {}
     batch_size = trainer.args.per_device_eval_batch_size
     trainer.args.per_device_eval_batch_size = max(1, batch_size // num_samples)
+    vars(trainer).pop("_eval_dataloaders", None)  # kept with `dataloader_persistent_workers`, for another batch size
     metrics = trainer.evaluate(heldout, metric_key_prefix=name)
     trainer.args.per_device_eval_batch_size = batch_size
     return {f"eval_{metric}": metrics[f"{name}_{metric}"] for metric in ("nll", "num_tokens")}

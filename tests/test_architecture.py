@@ -90,6 +90,8 @@ class TextConfig(SimpleNamespace):
 
 def test_a_list_for_each_part_of_a_layer_is_no_stack(tiny_llama):
     tiny_llama.model.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(NUM_LAYERS))
+    assert decoder_layers(tiny_llama)[0][0] == "model.layers.0"
+    tiny_llama.model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(NUM_LAYERS))
     with pytest.raises(ValueError, match=r"several stacks of 3 layers, \['layers', 'norms'\]"):
         decoder_layers(tiny_llama)
 

@@ -8,7 +8,7 @@ from transformers import XLNetConfig, XLNetLMHeadModel
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from dipnet_hf.layout import Layout, TokenDims, find_token_dims
 from dipnet_hf.noise import KeySource
-from dipnet_hf.passes import FreshPass
+from dipnet_hf.passes import FreshPass, _layout
 from tests.helpers import dip_model, projections
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, make_batch
 
@@ -35,6 +35,12 @@ def test_as_many_heads_as_rows_are_not_taken_for_them():
     layout = Layout(num_rows=4, length=7)
     assert layout.token_dims((4, 4, 7), known=None) is None and layout.rows_dim((4, 4, 7), known=None) == 0
     assert layout.token_dims((4, 4, 7), known=TokenDims(1, 2)) == TokenDims(1, 2)  # streams
+
+
+def test_tokens_are_known_by_any_name():
+    tokens = torch.ones(4, 8, dtype=torch.int64)
+    assert _layout((), {"tokens": tokens})[:2] == _layout((tokens,), {})[:2] == (4, 8)
+    assert _layout((), {"pixel_values": torch.ones(4, 3, 8, 8), "labels": tokens})[:2] == (4, None)
 
 
 def test_an_ensemble_of_a_model_that_has_the_length_first_needs_no_calibration():

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MllamaForCausalLM, MllamaTextConfig, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from dipnet_hf import DipConfig, get_dip_model
@@ -126,19 +126,28 @@ def test_sites_of_an_asymmetric_encoder_decoder_are_in_the_decoder():
     assert [row["name"] for row in model.noise_summary()] == [f"decoder.block.{i}" for i in range(3)]
 
 
-@pytest.mark.parametrize("name", ["bart", "marian"])
-def test_an_encoder_decoder_has_noise_in_both_its_embeddings(name):
-    names = [site.name for site in find_sites(build_task(name), dip_config(target_sites="embedding"))]
-    assert names == ["model.encoder.embed_tokens", "model.decoder.embed_tokens"]  # not model.shared, which never runs
+@pytest.mark.parametrize(
+    "name, tables",
+    [
+        ("bart", ["model.encoder.embed_tokens", "model.decoder.embed_tokens"]),  # not model.shared, which never runs
+        ("marian", ["model.encoder.embed_tokens", "model.decoder.embed_tokens"]),
+        ("whisper", ["model.decoder.embed_tokens"]),  # its encoder hears
+    ],
+)
+def test_an_encoder_decoder_has_noise_in_both_its_embeddings(name, tables):
+    config = dip_config(target_sites="embedding", weights=LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    model = get_dip_model(build_task(name), config)
+    model.add_adapter("second", config)
+    assert [projection.site.name for projection in projections(model).values()] == tables
 
 
-def test_parts_of_a_layer_may_stand_in_a_list():
-    names = {
-        target_sites: [site.name for site in find_sites(build_task("t5"), dip_config(target_sites=target_sites))]
-        for target_sites in ("attention", "mlp")
-    }
-    assert names["attention"] == [f"decoder.block.{i}.layer.0" for i in range(NUM_LAYERS)]
-    assert names["mlp"] == [f"decoder.block.{i}.layer.2" for i in range(NUM_LAYERS)]
+def test_attention_to_an_image_is_a_site():
+    config = MllamaTextConfig(
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1]},
+    )
+    names = [site.name for site in find_sites(MllamaForCausalLM(config), dip_config(target_sites="linear"))]
+    assert "model.layers.1.cross_attn.q_proj" in names
 
 
 def test_a_reversible_layer_is_refused(tiny_llama):
@@ -325,7 +334,7 @@ def test_noise_never_enters_where_a_module_runs_whatever_it_holds(tiny_llama, ba
         ("llama", {"layers_to_transform": []}, r"must be layers from 0 to 2"),
         ("llama", {"target_modules": ["mlp"], "layers_to_transform": [1, 7]}, r"match nothing in layers \[7\]"),
         ("llama", {"target_modules": ["norm"], "layers_to_transform": 0}, r"match nothing in layers \[0\]"),
-        ("resnet", {}, r"No stack of .*layers was found in ResNet.*target_modules=\["),
+        ("resnet", {}, r"config of ResNet.* does not say how many layers it has.*target_modules=\["),
         ("resnet", {"target_sites": "embedding"}, r"ResNet.* has no input embedding.*target_modules"),
         ("vit", {"target_sites": "embedding"}, r"ViT.* has no input embedding.*target_modules"),
         ("resnet", {"target_modules": ["pooler"]}, r"width of the input of '.*pooler'.*not known: name the first"),

@@ -24,7 +24,6 @@ import dipnet_hf
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from dipnet_hf.architecture import adds_router_loss, decoder_layers, is_encoder_decoder, shifts_labels, text_config
 from dipnet_hf.batches import expand_batch
-from dipnet_hf.layout import Layout
 from dipnet_hf.passes import FreshPass
 from dipnet_hf.projection import DipProjection
 
@@ -54,7 +53,8 @@ def ask(check: Callable[["Case"], None], case: "Case") -> Outcome:
         return Outcome("base", _short(reason))
     except Exception as error:  # noqa: BLE001 - a fault of any kind is an outcome
         where = traceback.extract_tb(error.__traceback__)[-1]
-        if isinstance(error, (ValueError, TypeError, RuntimeError)) and where.filename.startswith(PACKAGE_FOLDER):
+        is_ours = where.filename.startswith(PACKAGE_FOLDER) and (where.line or "").startswith("raise ")
+        if is_ours and isinstance(error, (ValueError, TypeError, RuntimeError)):
             return Outcome("refused", _short(error))
         place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
         return Outcome("failed", f"{type(error).__name__}: {_short(error)} [{place}]")
@@ -122,8 +122,13 @@ class Network:
                 key: u if value is x else value for key, value in kwargs.items()
             }
 
+        def add_nothing_behind(module: nn.Module, args: tuple, output: torch.Tensor, name: str) -> torch.Tensor:
+            return output + added.setdefault(name, torch.zeros((), requires_grad=True))
+
         for name, module in model.named_modules():
-            if name:
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(functools.partial(add_nothing_behind, name=name))
+            elif name:
                 module.register_forward_pre_hook(functools.partial(add_nothing, name=name), with_kwargs=True)
         model(**self.batch).loss.backward()
         learning = {name for name, zeros in added.items() if zeros.grad is not None and zeros.grad != 0}
@@ -191,12 +196,12 @@ def _projections(model: nn.Module) -> list[DipProjection]:
 
 
 def _moved(model: nn.Module) -> Any:
-    """The model with its adapters' weights and its log-variances away from where they start."""
+    """The model with what it trains away from where that starts: the weights a little, the log-variances more."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            size = 0.05 if "lora_" in name else 0.3 if "logvar" in name else 0.0
-            if size:
+            if parameter.requires_grad:
+                size = 0.3 if "logvar" in name else 0.05 if "lora_" in name else 0.01
                 parameter += size * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -287,11 +292,10 @@ def has_the_scale_of_its_channels(case: Case) -> None:
         x_ND = values[0][mask].float()
         deviation_D = 1.4826 * (x_ND - x_ND.median(dim=0).values).abs().median(dim=0).values
         scale_D = projections[name].scale
-        # A channel that mostly has one value is measured in another way, and one that hardly changes gets the floor.
-        above = (deviation_D > 0) & (scale_D > 1.01 * scale_D.min())
-        if above.any():
-            _assert_close(scale_D[above], deviation_D[above], 1e-4, f"scale of {name}")
-            compared += 1
+        compared += 1
+        # A channel that mostly has one value is measured in another way, and one that hardly changes gets a floor.
+        above = deviation_D > 0.05 * deviation_D.median()
+        _assert_close(scale_D[above], deviation_D[above], 1e-4, f"scale of {name}")
     if not compared:
         raise NotAsked("no site whose rows come first")
 
@@ -333,14 +337,16 @@ def leaves_padding_alone(case: Case) -> None:
         lambda: _assert_close(answer(base, other), answer(base, ids), 1e-5, "with other tokens at the padding"),
     )
     logits: list[torch.Tensor] = []
+    changed: set[str] = set()
 
     def change(module: DipProjection, args: tuple, output: torch.Tensor) -> torch.Tensor:
         x = args[0]
-        dims = Layout(len(ids), ids.shape[1]).token_dims(x.shape[:-1], module.known_dims)
-        if dims is None:
+        lengths = [dim for dim, size in enumerate(x.shape[:-1]) if size == ids.shape[1]]
+        if not lengths:
             return output
+        changed.add(module.site.name)
         place = [slice(None)] * x.dim()
-        place[dims.length] = slice(0, NUM_PADS) if left else slice(-NUM_PADS, None)
+        place[lengths[0]] = slice(0, NUM_PADS) if left else slice(-NUM_PADS, None)
         output = output.clone()
         output[tuple(place)] = x[tuple(place)] + (-3.0 if logits else 1.0) * (output - x)[tuple(place)]
         return output
@@ -353,6 +359,8 @@ def leaves_padding_alone(case: Case) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+    if not changed:
+        raise NotAsked("no site sees the padding")
     _assert_close(logits[1], logits[0], 1e-4, "noise at padding")
 
 
@@ -389,6 +397,9 @@ def has_the_gradient_of_differences(case: Case) -> None:
     """The gradient of the log-variances is that of central differences in float64, with the same noise."""
     case.check_training()
     base = copy.deepcopy(case.network.model).double()
+    if hasattr(base, "set_experts_implementation"):  # the grouped one knows no float64
+        with contextlib.suppress(ValueError):
+            base.set_experts_implementation("eager")
     batch = _cast(case.batch, torch.float64)
     case.network.once("float64", lambda: _assert_finite(base(**batch).logits))
     model = case.make(base)
@@ -408,9 +419,9 @@ def has_the_gradient_of_differences(case: Case) -> None:
     loss_at(0.0).backward()
     slope = sum(float((v.grad * d).sum()) for v, d in zip(logvars, directions, strict=True) if v.grad is not None)
     with torch.no_grad():
-        differences = [float(loss_at(h) - loss_at(-h)) / (2 * h) for h in (1e-3, 1e-4)]
+        differences = [float(loss_at(h) - loss_at(-h)) / (2 * h) for h in (1e-2, 1e-3, 1e-4)]
     # A network may choose (experts, tokens), and its loss then jumps in one of the differences.
-    assert min(abs(d - slope) for d in differences) <= 1e-3 + 0.03 * abs(slope), f"{slope:.4g}, not {differences}"
+    assert min(abs(d - slope) for d in differences) <= 1e-4 + 0.01 * abs(slope), f"{slope:.4g}, not {differences}"
 
 
 def recomputes_its_noise(case: Case) -> None:
@@ -431,10 +442,11 @@ def _compare_with_checkpointing(case: Case, use_reentrant: bool) -> None:
         model.train()
         model.zero_grad()
         torch.manual_seed(11)
-        objective(model).backward()
+        loss = objective(model)
+        loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
-        return gradients
+        return gradients | {"loss": loss.detach()}
 
     def compare(model: Any, objective: Callable[[Any], torch.Tensor]) -> None:
         want = step(model, objective)
@@ -472,7 +484,7 @@ def averages_over_samples(case: Case) -> None:
         raise NotAsked("no loss of its own")
     half = len(outputs.logits) // 2
     assert _difference(outputs.logits[:half], outputs.logits[half:]) > 1e-7, "both samples are the same"
-    if getattr(outputs, "aux_loss", None) is not None or not torch.isfinite(naive):
+    if getattr(outputs, "aux_loss", None) is not None:
         raise NotAsked("a balancing loss is of the rows together")
     naive.backward()
     _assert_close(loss, naive, 1e-4, "loss of two samples")
@@ -484,23 +496,23 @@ def pairs_its_samples(case: Case) -> None:
     """At every site each row has opposite noise in the two samples."""
     case.check_training()
     model = case.make(num_samples=2).train()
-    num_rows = len(next(iter(case.batch.values())))
-    text = case.batch.get("input_ids")
-    layout = Layout(2 * num_rows, None if text is None else text.shape[1], is_text="input_ids" in case.batch)
+    num_rows = 2 * len(next(iter(case.batch.values())))
     wrong: list[str] = []
+    checked: set[str] = set()
 
     def check(module: DipProjection, args: tuple, output: torch.Tensor) -> None:
         x = args[0]
         if not module.sampling:
             return
-        leading = [size for dim, size in enumerate(x.shape) if dim != module.site.channel_dim % x.dim()]
-        dim = layout.rows_dim(leading, module.known_dims)
-        if dim is None:
-            if len(leading) == 1 and text is not None:  # an expert may see any tokens
-                return
-            wrong.append(f"{module.site.name}: no rows in {tuple(x.shape)}")
+        leading = [dim for dim in range(x.dim()) if dim != module.site.channel_dim % x.dim()]
+        # No other dimension is as long as twice the rows; windows and the tokens of experts stand row by row.
+        dims = [dim for dim in leading if x.shape[dim] == num_rows] + [0] * (x.shape[0] % num_rows == 0)
+        if not dims:
+            if len(leading) > 1:  # an expert may see any tokens
+                wrong.append(f"{module.site.name}: no rows in {tuple(x.shape)}")
             return
-        dim += dim >= module.site.channel_dim % x.dim()
+        dim = dims[0]
+        checked.add(module.site.name)
         first, second = (output - x).detach().chunk(2, dim)
         if _difference(first, -second) > TOLERANCE:
             wrong.append(f"{module.site.name}: not opposite in {tuple(x.shape)}")
@@ -509,6 +521,7 @@ def pairs_its_samples(case: Case) -> None:
         projection.register_forward_hook(check)
     dip_loss(model, case.batch)
     assert not wrong, f"{len(wrong)} sites, such as {wrong[0]}"
+    assert checked, "no site was checked"
 
 
 def has_the_models_own_loss(case: Case) -> None:
@@ -550,7 +563,7 @@ def loads_what_it_saved(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         case.trained.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(copy.deepcopy(case.network.model), folder).eval()
-    # Not bit for bit: where weights lie in memory decides how some of the networks round.
+    # Not bit for bit: some of the networks round by where their weights lie in memory.
     _assert_close(case.logits(loaded), case.logits(case.trained), 1e-5, "without noise")
     logits = []
     for model in (loaded, case.trained):
@@ -669,34 +682,45 @@ def _compare_in_ensemble(case: Case, answer: Callable[[Case, nn.Module, torch.Te
     if not shifts_labels(case.network.model):
         raise NotAsked("it predicts no next token")
 
-    def compare() -> None:
-        _assert_close(answer(case, case.trained, ids), case.tokens_logits(case.trained, ids), TOLERANCE, "in this way")
+    def compare(model: nn.Module) -> None:
+        _assert_close(answer(case, model, ids), case.tokens_logits(model, ids), TOLERANCE, "in this way")
 
+    case.network.once(f"answers, {answer.__name__}", lambda: compare(case.network.model))
     with case.trained.deterministic():
-        try:
-            compare()
-        except Exception as error:
-            raise NotAsked(f"{type(error).__name__}: {_short(error)}") from error
+        compare(case.trained)
     with _ensemble(case.trained):
-        compare()
+        compare(case.trained)
 
 
 def generates_step_by_step(case: Case) -> None:
-    """Greedy tokens of an ensemble, and their logits, are those of whole passes one by one, also behind padding."""
-    ids, model = case.first_row, case.trained
+    """Greedy tokens of an ensemble, and their logits, are those of whole passes one by one."""
+    _compare_generation(case, padded=False)
+
+
+def generates_alike_behind_padding(case: Case) -> None:
+    """As above, for a row behind padding."""
+    if not case.network.takes_mask:
+        raise NotAsked("no padding")
+    _compare_generation(case, padded=True)
+
+
+def _compare_generation(case: Case, padded: bool) -> None:
+    ids = case.first_row
     if not shifts_labels(case.network.model):
         raise NotAsked("it predicts no next token")
-    settings: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-    settings |= dict(output_logits=True, return_dict_in_generate=True)
+    num_tokens = 5
+    settings: dict[str, Any] = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
+    settings |= {"eos_token_id": None, "forced_eos_token_id": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
 
-    def step_by_step() -> tuple[torch.Tensor, torch.Tensor]:
+    def step_by_step(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, logits = ids, []
-        for _ in range(settings["max_new_tokens"]):
+        for _ in range(num_tokens):
             logits.append(case.tokens_logits(model, tokens)[0, -1])
             tokens = torch.cat([tokens, logits[-1].argmax().view(1, 1)], dim=1)
         return tokens[0, ids.shape[1] :], torch.stack(logits)
 
-    def generate(padded: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def generate(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, mask = ids, torch.ones_like(ids)
         if padded:
             tokens, inputs = _padded(case)
@@ -704,27 +728,22 @@ def generates_step_by_step(case: Case) -> None:
         out = model.generate(input_ids=tokens, attention_mask=mask, **settings)
         return out.sequences[0, tokens.shape[1] :], torch.cat(out.logits)
 
-    def compare(padded: bool) -> None:
-        (tokens, logits), (own_tokens, own_logits) = step_by_step(), generate(padded)
+    def compare(model: nn.Module) -> None:
+        (tokens, logits), (own_tokens, own_logits) = step_by_step(model), generate(model)
         assert torch.equal(own_tokens, tokens), f"tokens {own_tokens.tolist()} for {tokens.tolist()}"
         _assert_close(own_logits, logits, TOLERANCE, "logits of the steps")
 
-    for padded in (False, True):
-        with model.deterministic():
-            try:
-                compare(padded)
-            except Exception as error:
-                if padded:
-                    continue  # the network does not know its padding
-                raise NotAsked(f"{type(error).__name__}: {_short(error)}") from error
-        with _ensemble(model):
-            try:
-                compare(padded)
-            except ValueError as refusal:
-                if "use_cache=False" not in str(refusal):
-                    raise
-                settings["use_cache"] = False  # its advice is taken
-                compare(padded)
+    case.network.once(f"generation, padded={padded}", lambda: compare(case.network.model))
+    with case.trained.deterministic():
+        compare(case.trained)
+    with _ensemble(case.trained):
+        try:
+            compare(case.trained)
+        except ValueError as refusal:
+            if "use_cache=False" not in str(refusal):
+                raise
+            settings["use_cache"] = False  # its advice is taken
+            compare(case.trained)
 
 
 PROPERTIES: tuple[Callable[[Case], None], ...] = (
@@ -750,4 +769,5 @@ PROPERTIES: tuple[Callable[[Case], None], ...] = (
     answers_alike_behind_padding,
     answers_alike_in_another_batch,
     generates_step_by_step,
+    generates_alike_behind_padding,
 )

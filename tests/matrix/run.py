@@ -3,13 +3,15 @@
     python tests/matrix/run.py                       # all: tests/matrix/results.json and docs/matrix.md
     python tests/matrix/run.py --models llama vit    # these, anew, into runs/matrix alone
 
-The first can be stopped and started again: a model that has a file in runs/matrix is not run again. Each model runs in
-a process of its own, with limits of time and memory, so that one that hangs or crashes is a failed row and no more.
-The exit status is 1 where a cell has failed.
+The first can be stopped and started again: a model that has a file in runs/matrix, made by this very code, is not run
+again. Each model runs in a process of its own, with limits of time and memory, so that one that hangs or crashes is a
+failed row and no more. The exit status is 1 where a cell has failed.
 """
 
 import argparse
 import collections
+import functools
+import hashlib
 import json
 import multiprocessing
 import re
@@ -18,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -59,16 +62,17 @@ def make_network(name: str) -> Network:
     """Build a model by its name, of transformers' causal families or of `OTHER_MODELS`, and its batch.
 
     Raises:
-        NotAsked: it cannot be shrunk, or does not run without noise either.
+        NotAsked: a causal family cannot be shrunk, or does not run without noise either.
     """
+    if name in OTHER_MODELS:
+        return Network(build_other(name), OTHER_MODELS[name].make_batch())
     try:
-        model = build_other(name) if name in OTHER_MODELS else build(name)
-        batch = OTHER_MODELS[name].make_batch() if name in OTHER_MODELS else make_batch(model)
-        if name not in OTHER_MODELS:
-            with torch.no_grad():
-                outputs = model(**batch)
-            if not torch.isfinite(outputs.logits).all():
-                raise ValueError("its logits are not finite")
+        model = build(name)
+        batch = make_batch(model)
+        with torch.no_grad():
+            outputs = model(**batch)
+        if not torch.isfinite(outputs.logits).all():
+            raise ValueError("its logits are not finite")
     except Exception as error:
         raise NotAsked(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     return Network(model, batch)
@@ -98,18 +102,34 @@ def run_model(name: str, folder: Path) -> None:
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     start = time.process_time()
+    row: dict[str, Any] = {"code": code_version()}
     try:
         network = make_network(name)
     except NotAsked as reason:
-        return _write(folder, name, {"not_built": str(reason)})
+        return _write(folder, name, row | {"not_built": str(reason)})
     sites = {site: run_site(network, fields) for site, fields in sites_of(name).items()}
     weights = network.weights if isinstance(network.weights, str) else "lora"
-    row = {"class": type(network.model).__name__, "weights": weights, "seconds": round(time.process_time() - start)}
+    row |= {"class": type(network.model).__name__, "weights": weights, "seconds": round(time.process_time() - start)}
     _write(folder, name, row | {"sites": sites})
 
 
 def _write(folder: Path, name: str, row: dict[str, Any]) -> None:
     write_whole(folder / f"{name}.json", json.dumps(row, indent=1) + "\n")
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of what a row depends on: this package, these files, and the versions of the libraries."""
+    files = sorted([*(ROOT / "dipnet_hf").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+    content = b"".join(file.read_bytes() for file in files)
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft")]
+    return hashlib.sha256(content + " ".join(versions).encode()).hexdigest()[:16]
+
+
+def is_done(path: Path) -> bool:
+    """Whether a row has run with the code of now, to its end."""
+    row = json.loads(path.read_text()) if path.exists() else {}
+    return row.get("code") == code_version() and "failed" not in row
 
 
 def run_in_own_process(name: str, folder: Path) -> None:
@@ -121,7 +141,7 @@ def run_in_own_process(name: str, folder: Path) -> None:
         process.kill()
         process.join()
         _write(folder, name, {"failed": f"not done after {MAX_SECONDS} seconds"})
-    elif process.exitcode:
+    elif process.exitcode and not is_done(folder / f"{name}.json"):
         _write(folder, name, {"failed": f"its process ended with {process.exitcode}"})
     print(name, flush=True)
 
@@ -166,9 +186,9 @@ def format_page(rows: dict[str, dict]) -> str:
         "",
         "## The models",
         "",
-        "A cell is the number of properties that hold; `-n` are those that the network lacks without noise too, and",
-        "**refused** those that this package refuses, with a message (below). The weights are LoRA on all linear",
-        "layers, or all weights where PEFT cannot train that.",
+        "A cell is the number of properties that hold, that a model can be made among them. In brackets: those that",
+        "were not asked, because the network lacks them without noise too. **Refused**: with a message (below). The",
+        "weights are LoRA on all linear layers, or all weights where PEFT cannot train that.",
         "",
         f"| model | weights | {' | '.join(ALL_SITES)} | others |",
         "|---|---|" + "---|" * (len(ALL_SITES) + 1),
@@ -190,7 +210,7 @@ def format_page(rows: dict[str, dict]) -> str:
 def _cell(row: dict, site: str) -> str:
     kinds = collections.Counter(kind for kind, _ in row["sites"].get(site, {}).values())
     parts = [str(kinds["ok"])] if kinds else []
-    parts += [f"-{kinds['base']}"] if kinds["base"] else []
+    parts += [f"({kinds['base']})"] if kinds["base"] else []
     parts += [f"**{kinds[kind]} {kind}**" for kind in ("refused", "failed") if kinds[kind]]
     return " ".join(parts)
 
@@ -222,9 +242,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "matrix", help="a file per model")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     options = parser.parse_args(arguments)
-    names = options.models or [*causal_families(), *OTHER_MODELS]
+    known = [*causal_families(), *OTHER_MODELS]
+    names = options.models or known
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"unknown models {unknown}; the models are {known}")
     options.output.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in names if options.models or not (options.output / f"{name}.json").exists()]
+    missing = [name for name in names if options.models or not is_done(options.output / f"{name}.json")]
     with ThreadPool(options.jobs) as pool:
         pool.map(lambda name: run_in_own_process(name, options.output), missing, chunksize=1)
     rows = {name: json.loads((options.output / f"{name}.json").read_text()) for name in names}

@@ -1,7 +1,10 @@
 """A sample of the matrix, one kind of site for each of 20 models that are unlike each other; and the page it makes."""
 
 import pytest
+import torch
 
+from dipnet_hf import DipConfig
+from dipnet_hf.noise import add_noise
 from tests.matrix import run
 from tests.matrix.other_models import OTHER_MODELS
 from tests.matrix.properties import (
@@ -58,16 +61,21 @@ def test_every_property_holds(name):
     assert sum(outcome.kind == "ok" for outcome in outcomes.values()) > len(QUICK) / 2
 
 
-def test_a_refusal_is_one_of_this_package():
-    def refuse(case):
-        run.make_network("llama").model.no_such_attribute  # noqa: B018
-
+def test_a_refusal_is_one_that_this_package_raises():
     def break_off(case):
         raise NotAsked("no cache")
 
+    def refuse(case):
+        DipConfig(weights="ful")
+
+    def fail_within(case):
+        add_noise(torch.zeros(2), torch.zeros(3), torch.ones(()))
+
     assert ask(lambda case: None, None) == Outcome("ok")
     assert ask(break_off, None) == Outcome("base", "no cache")
-    assert ask(refuse, None).kind == "failed"
+    assert ask(refuse, None).kind == "refused" and "weights must be one of" in ask(refuse, None).reason
+    assert ask(fail_within, None).kind == "failed"
+    assert ask(lambda case: [][0], None).kind == "failed"
 
 
 def test_the_page_counts_the_cells_and_gives_every_reason_once():
@@ -81,7 +89,7 @@ def test_the_page_counts_the_cells_and_gives_every_reason_once():
     }
     page = run.format_page(rows)
     assert "**1 cells are right, 2 refused, 0 failed**" in page
-    assert "| first | lora |  |  | 1 -1 **1 refused** |  |  |  |" in page
+    assert "| first | lora |  |  | 1 (1) **1 refused** |  |  |  |" in page
     assert "* first (mlp), second (mlp): Site 'a.0' should have 64 channels.\n" in page
     assert "* fourth: ImportError: timm" in page and "* third: its process ended with -9" in page
     assert run.failures(rows) == ["third: its process ended with -9"]
