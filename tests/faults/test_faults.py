@@ -169,7 +169,9 @@ def test_killed_at_random_moments(program, tmp_path):
     assert outcome(tmp_path / "clocked") == outcome(program.whole)
     random.seed(0)
     num_killed = 0
-    for number in range(NUM_KILLS):
+    for number in range(2 * NUM_KILLS):  # a run that was faster than the clocked one ends before it is killed
+        if num_killed == NUM_KILLS:
+            break
         folder = tmp_path / f"killed-{number}"
         process = start(program, folder, wait=False)
         process.join(random.uniform(0, duration))
@@ -182,7 +184,7 @@ def test_killed_at_random_moments(program, tmp_path):
             assert start(program, folder).exitcode == 0, Path(f"{folder}.log").read_text()[-2000:]
         assert outcome(folder) == outcome(program.whole)
         shutil.rmtree(folder)
-    assert num_killed >= 0.8 * NUM_KILLS
+    assert num_killed == NUM_KILLS
 
 
 def fill_disk_at(number, folder):
