@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ def ask(check: Callable[["Case"], None], case: "Case") -> Outcome:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return textwrap.shorten(str(error), 300, placeholder=" ...")
 
 
 class Network:

@@ -17,6 +17,7 @@ import multiprocessing
 import re
 import resource
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -74,7 +75,7 @@ def make_network(name: str) -> Network:
         if not torch.isfinite(outputs.logits).all():
             raise ValueError("its logits are not finite")
     except Exception as error:
-        raise NotAsked(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise NotAsked(textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")) from error
     return Network(model, batch)
 
 
@@ -165,8 +166,9 @@ def failures(rows: dict[str, dict]) -> list[str]:
     return whole + [f"{m} / {s} / {p}: {o.reason}" for m, s, p, o in cells(rows) if o.kind == "failed"]
 
 
-def format_page(rows: dict[str, dict]) -> str:
-    """The page of the documentation: a row per model, and every reason once."""
+def format_page(rows: dict[str, dict], origin: dict) -> str:
+    """The page of the documentation: a row per model, and every reason once; `origin` is the provenance."""
+    commit = (origin["git"] or {"commit": "unknown"})["commit"][:7]
     counts = collections.Counter(outcome.kind for *_, outcome in cells(rows))
     lines = [
         "# The matrix",
@@ -176,7 +178,8 @@ def format_page(rows: dict[str, dict]) -> str:
         "writes this page; every cell that is not right stands in `tests/matrix/results.json`.",
         "",
         f"**{counts['ok']:,} cells are right, {counts['refused']} refused, {counts['failed']} failed**; in",
-        f"{counts['base']:,} the network cannot do it without noise either.",
+        f"{counts['base']:,} the network cannot do it without noise either. Run with transformers",
+        f"{origin['versions']['transformers']} at commit {commit}.",
         "",
         "## The properties",
         "",
@@ -255,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
         origin = provenance(__file__, {"properties": ["is_made", *(check.__name__ for check in PROPERTIES)]})
         results = {"provenance": origin, "not_ok": {name: _without_ok(row) for name, row in rows.items()}}
         write_whole(Path(__file__).with_name("results.json"), json.dumps(results, indent=1) + "\n")
-        write_whole(ROOT / "docs" / "matrix.md", format_page(rows))
+        write_whole(ROOT / "docs" / "matrix.md", format_page(rows, origin))
     print("\n".join(failures(rows)) or "no cell has failed")
     return 1 if failures(rows) else 0
 

@@ -87,7 +87,8 @@ def test_the_page_counts_the_cells_and_gives_every_reason_once():
         "third": {"failed": "its process ended with -9"},
         "fourth": {"not_built": "ImportError: timm"},
     }
-    page = run.format_page(rows)
+    page = run.format_page(rows, {"git": {"commit": "0123456789"}, "versions": {"transformers": "5.23.0"}})
+    assert "5.23.0 at commit 0123456." in page
     assert "**1 cells are right, 2 refused, 0 failed**" in page
     assert "| first | lora |  |  | 1 (1) **1 refused** |  |  |  |" in page
     assert "* first (mlp), second (mlp): Site 'a.0' should have 64 channels.\n" in page
