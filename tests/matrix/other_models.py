@@ -7,11 +7,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from tests.matrix.cases import Batch
 from tests.matrix.shrinking import VOCAB_SIZE, enliven
 
 NUM_CLASSES = 5
 ALL_SITES = ("decoder_layer", "attention", "mlp", "linear", "embedding")
-Batch = dict[str, torch.Tensor]
 
 
 def _generator() -> torch.Generator:

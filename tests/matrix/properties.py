@@ -8,240 +8,36 @@ Shape legend: R rows, L sequence, K samples.
 
 import contextlib
 import copy
-import functools
-import inspect
 import math
 import tempfile
-import textwrap
-import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
-import dipnet_hf
-from dipnet_hf import DipConfig, dip_loss, get_dip_model
+from dipnet_hf import dip_loss
 from dipnet_hf.architecture import adds_router_loss, decoder_layers, is_encoder_decoder, shifts_labels, text_config
 from dipnet_hf.batches import expand_batch
 from dipnet_hf.passes import FreshPass
 from dipnet_hf.projection import DipProjection
+from tests.matrix.cases import (
+    Case,
+    NotAsked,
+    assert_close,
+    assert_finite,
+    assert_same_gradients,
+    backward,
+    cast,
+    difference_of,
+    moved,
+    projections_of,
+    shortened,
+)
 
 TOLERANCE = 1e-3
 NUM_PADS = 4
-PACKAGE_FOLDER = dipnet_hf.__path__[0]
-
-Batch = dict[str, torch.Tensor]
-
-
-class NotAsked(Exception):
-    """The network cannot do this without noise either."""
-
-
-class Outcome(NamedTuple):
-    """`ok`, `refused`, `base` (the network cannot do it without noise either) or `failed`, and why."""
-
-    kind: str
-    reason: str = ""
-
-
-def ask(check: Callable[["Case"], None], case: "Case") -> Outcome:
-    """Check one property. A ValueError, TypeError or RuntimeError that this package itself raises is a refusal."""
-    try:
-        check(case)
-    except NotAsked as reason:
-        return Outcome("base", _short(reason))
-    except Exception as error:  # noqa: BLE001 - a fault of any kind is an outcome
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = where.filename.startswith(PACKAGE_FOLDER) and (where.line or "").startswith("raise ")
-        if is_ours and isinstance(error, (ValueError, TypeError, RuntimeError)):
-            return Outcome("refused", _short(error))
-        place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
-        return Outcome("failed", f"{type(error).__name__}: {_short(error)} [{place}]")
-    return Outcome("ok")
-
-
-def _short(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...")
-
-
-class Network:
-    """A network without noise, a batch for it, and what is asked of it once for all kinds of sites."""
-
-    def __init__(self, model: nn.Module, batch: Batch):
-        self.model = model
-        self.batch = batch
-        self._refusals: dict[str, str | None] = {}
-        self.weights: Any = "full"
-        with contextlib.suppress(Exception):  # where PEFT itself fails, all weights are trained
-            lora = LoraConfig(target_modules="all-linear", r=4)
-            get_peft_model(copy.deepcopy(model), copy.deepcopy(lora)).train()(**batch).loss.backward()
-            self.weights = lora
-
-    @property
-    def parameters(self) -> set[str]:
-        """The names of what `forward` takes."""
-        return set(inspect.signature(self.model.forward).parameters)
-
-    @property
-    def takes_mask(self) -> bool:
-        """Whether rows may be padded."""
-        return "attention_mask" in self.parameters and "attention_mask" in self.batch
-
-    def plain(self) -> nn.Module:
-        """A copy with PEFT's own adapter, if the weights have one; what stock PEFT can do is asked of it."""
-        model = copy.deepcopy(self.model)
-        return model if self.weights == "full" else get_peft_model(model, copy.deepcopy(self.weights))
-
-    def once(self, name: str, check: Callable[[], None]) -> None:
-        """Raise `NotAsked` where `check` fails, which is run once for the network."""
-        if name not in self._refusals:
-            try:
-                check()
-                self._refusals[name] = None
-            except Exception as error:  # noqa: BLE001 - networks fail in every way
-                self._refusals[name] = f"{type(error).__name__}: {_short(error)}"
-        if (reason := self._refusals[name]) is not None:
-            raise NotAsked(reason)
-
-    @functools.cached_property
-    def blind_modules(self) -> set[str]:
-        """The modules whose input gets no gradient without noise either."""
-        model = copy.deepcopy(self.model).train()
-        added: dict[str, torch.Tensor] = {}
-
-        def add_nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> tuple[tuple, dict]:
-            """Add zeros of its own to the input, which get a gradient where the input has one that is used here."""
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-            if not tensors:
-                return args, kwargs
-            x = kwargs.get("hidden_states", tensors[0]) if not args else tensors[0]
-            zeros = added.setdefault(name, torch.zeros((), requires_grad=True))
-            u = x + zeros
-            return tuple(u if value is x else value for value in args), {
-                key: u if value is x else value for key, value in kwargs.items()
-            }
-
-        def add_nothing_behind(module: nn.Module, args: tuple, output: torch.Tensor, name: str) -> torch.Tensor:
-            return output + added.setdefault(name, torch.zeros((), requires_grad=True))
-
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
-                module.register_forward_hook(functools.partial(add_nothing_behind, name=name))
-            elif name:
-                module.register_forward_pre_hook(functools.partial(add_nothing, name=name), with_kwargs=True)
-        model(**self.batch).loss.backward()
-        learning = {name for name, zeros in added.items() if zeros.grad is not None and zeros.grad != 0}
-        return {name for name, _ in model.named_modules()} - learning
-
-
-class Case:
-    """A network and a kind of site."""
-
-    def __init__(self, network: Network, sites: dict[str, Any]):
-        self.network = network
-        self.sites = sites  # `target_sites` or `target_modules`
-        self.batch = network.batch
-
-    def make(self, base: nn.Module | None = None, **config: Any) -> PeftModel:
-        """A model with noise, without a prior, whose gradient is not quite zero where it starts."""
-        fields = {"init_noise_std": 0.2, "prior_weight": 0.0} | self.sites | config
-        base = copy.deepcopy(self.network.model) if base is None else base
-        batch = _cast(self.batch, next(base.parameters()).dtype)
-        weights = copy.deepcopy(self.network.weights)
-        return get_dip_model(base, DipConfig(weights=weights, **fields), calibration=[batch])
-
-    @functools.cached_property
-    def fresh(self) -> PeftModel:
-        """A calibrated model in eval mode that was not trained."""
-        return self.make().eval()
-
-    @functools.cached_property
-    def trained(self) -> PeftModel:
-        """A calibrated model in eval mode whose adapters have moved."""
-        return _moved(copy.deepcopy(self.fresh))
-
-    def check_training(self) -> None:
-        """Raise `NotAsked` where the network cannot be trained without noise either."""
-        self.network.once("training", lambda: copy.deepcopy(self.network.model).train()(**self.batch).loss.backward())
-
-    @property
-    def first_row(self) -> torch.Tensor:
-        """The first row's tokens, which is not padded, of shape `(1, L)`."""
-        if "input_ids" not in self.batch:
-            raise NotAsked("no tokens")
-        return self.batch["input_ids"][:1]
-
-    def logits(self, model: nn.Module, num_rows: int | None = None, start: int = 0) -> torch.Tensor:
-        """The logits of the batch's rows, without gradients."""
-        labels = () if is_encoder_decoder(self.network.model) else ("labels",)
-        inputs = {name: value[start:num_rows] for name, value in self.batch.items() if name not in labels}
-        with torch.no_grad():
-            return model(**inputs).logits
-
-    def tokens_logits(self, model: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """The logits of a pass over tokens alone, which writes no cache."""
-        if "use_cache" in self.network.parameters:
-            inputs.setdefault("use_cache", False)
-        with torch.no_grad():
-            return model(input_ids=input_ids, **inputs).logits
-
-
-def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-
-
-def _projections(model: nn.Module) -> list[DipProjection]:
-    return [module for module in model.modules() if isinstance(module, DipProjection)]
-
-
-def _moved(model: nn.Module) -> Any:
-    """The model with what it trains away from where that starts: the weights a little, the log-variances more."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                size = 0.3 if "logvar" in name else 0.05 if "lora_" in name else 0.01
-                parameter += size * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def _assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None:
-    """Compare by the largest entry."""
-    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    difference = _difference(a, b)
-    assert difference <= tolerance, f"{what}: {difference:.2e} apart"
-
-
-def _assert_finite(a: torch.Tensor) -> None:
-    assert torch.isfinite(a).all(), "not finite"
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).abs().max() / (b.abs().max() + 1e-12))
-
-
-def _backward(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of a training step, always of the same noise."""
-    model.train()
-    model.zero_grad()
-    torch.manual_seed(11)
-    loss = dip_loss(model, batch).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.eval()
-    return loss.detach(), gradients
-
-
-def _assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
-    for name in want.keys() | got.keys():
-        ours, theirs = (gradients.get(name, torch.zeros(())) for gradients in (got, want))
-        if max(ours.abs().max(), theirs.abs().max()) > 1e-6:
-            assert name in got and name in want, f"{name} has a gradient in one of them only"
-            _assert_close(ours, theirs, tolerance, f"gradient of {name}")
 
 
 # ---- noise ----
@@ -276,7 +72,7 @@ def has_the_scale_of_its_channels(case: Case) -> None:
         raise NotAsked("no padding")
     mask = case.batch["attention_mask"].bool()
     inputs: dict[str, list[torch.Tensor]] = {}
-    projections = {p.site.name: p for p in _projections(case.fresh)}
+    projections = {p.site.name: p for p in projections_of(case.fresh)}
     hooks = [
         p.register_forward_pre_hook(
             lambda module, args: inputs.setdefault(module.site.name, []).append(args[0].clone())
@@ -298,24 +94,32 @@ def has_the_scale_of_its_channels(case: Case) -> None:
         if not above.any():
             continue
         compared += 1
-        _assert_close(scale_D[above], deviation_D[above], 1e-4, f"scale of {name}")
+        assert_close(scale_D[above], deviation_D[above], 1e-4, f"scale of {name}")
     if not compared:
         raise NotAsked("no site whose rows come first")
 
 
 def finds_its_level(case: Case) -> None:
     """Calibration finds a level, where the network predicts anything that noise can spoil."""
-    labels = case.batch["labels"]
-    logits = case.logits(case.network.model)
     if is_encoder_decoder(case.network.model):
         raise NotAsked("an untrained network is as wrong without noise")  # its true labels decide
+    base, labels = copy.deepcopy(case.network.model), case.batch["labels"]
+    head = base.get_output_embeddings()
+    if head is not None:
+        with torch.no_grad():
+            head.weight *= 8  # so that it is sure of something
+    logits = case.logits(base)
     if not labels.is_floating_point() and logits.shape[:-1] == labels.shape:
         probabilities = logits[labels != -100].softmax(-1)
         entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1).mean()
-        if math.log(logits.shape[-1]) - entropy < 1.0:
+        if math.log(logits.shape[-1]) - entropy < 0.5:
             raise NotAsked("it predicts nothing yet")
-    # Enough for a few dozen tokens, where experts that are chosen otherwise make the loss jump.
-    model = case.make(init_noise_std="auto", init_loss_increase=0.2)
+    # Many tokens, as one whose experts are chosen otherwise makes the loss jump.
+    batches = [case.batch]
+    if "input_ids" in case.batch:
+        real = case.batch["input_ids"] > 0
+        batches = [case.batch | {"input_ids": (case.batch["input_ids"] + 7 * i) % 180 * real} for i in range(8)]
+    model = case.make(base, batches, init_noise_std="auto", init_loss_increase=0.2)
     assert 0 < model.init_noise_std < 1e3
 
 
@@ -337,7 +141,7 @@ def leaves_padding_alone(case: Case) -> None:
     base = case.network.model
     case.network.once(
         "padding is left out",
-        lambda: _assert_close(answer(base, other), answer(base, ids), 1e-5, "with other tokens at the padding"),
+        lambda: assert_close(answer(base, other), answer(base, ids), 1e-5, "with other tokens at the padding"),
     )
     logits: list[torch.Tensor] = []
     changed: set[str] = set()
@@ -354,7 +158,7 @@ def leaves_padding_alone(case: Case) -> None:
         output[tuple(place)] = x[tuple(place)] + (-3.0 if logits else 1.0) * (output - x)[tuple(place)]
         return output
 
-    hooks = [p.register_forward_hook(change) for p in _projections(case.fresh)]
+    hooks = [p.register_forward_hook(change) for p in projections_of(case.fresh)]
     try:
         for _ in range(2):
             with case.fresh.sampling(seed=2):
@@ -364,7 +168,7 @@ def leaves_padding_alone(case: Case) -> None:
             hook.remove()
     if not changed:
         raise NotAsked("no site sees the padding")
-    _assert_close(logits[1], logits[0], 1e-4, "noise at padding")
+    assert_close(logits[1], logits[0], 1e-4, "noise at padding")
 
 
 def _padded(case: Case, left: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -384,13 +188,13 @@ def _padded(case: Case, left: bool = True) -> tuple[torch.Tensor, dict[str, torc
 def learns_at_every_site(case: Case) -> None:
     """Every log-variance has a gradient, where the site's input has one in the network without noise."""
     case.check_training()
-    model = _moved(copy.deepcopy(case.fresh))
-    loss, gradients = _backward(model, case.batch)
+    model = moved(copy.deepcopy(case.fresh))
+    loss, gradients = backward(model, case.batch)
     assert torch.isfinite(loss)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     names = {id(p): name for name, p in model.named_parameters()}
     learning = {
-        p.site.name: gradients.get(names[id(p.logvar)], torch.zeros(())).abs().sum() > 0 for p in _projections(model)
+        p.site.name: gradients.get(names[id(p.logvar)], torch.zeros(())).abs().sum() > 0 for p in projections_of(model)
     }
     dead = [name for name, learns in learning.items() if not learns and name not in case.network.blind_modules]
     assert not dead, f"no gradient at {len(dead)} of {len(learning)} sites, such as {dead[:3]}"
@@ -403,8 +207,8 @@ def has_the_gradient_of_differences(case: Case) -> None:
     if hasattr(base, "set_experts_implementation"):  # the grouped one knows no float64
         with contextlib.suppress(ValueError):
             base.set_experts_implementation("eager")
-    batch = _cast(case.batch, torch.float64)
-    case.network.once("float64", lambda: _assert_finite(base(**batch).logits))
+    batch = cast(case.batch, torch.float64)
+    case.network.once("float64", lambda: assert_finite(base(**batch).logits))
     model = case.make(base)
     logvars = model.logvars()
     for logvar in logvars:
@@ -464,12 +268,12 @@ def _compare_with_checkpointing(case: Case, use_reentrant: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        _assert_same_gradients(step(model, objective), want, 1e-4)
+        assert_same_gradients(step(model, objective), want, 1e-4)
 
     name = f"checkpointing, use_reentrant={use_reentrant}"
     plain = case.network.plain
     case.network.once(name, lambda: compare(plain(), lambda model: model(**case.batch).loss))
-    compare(_moved(case.make()), lambda model: dip_loss(model, case.batch).loss)
+    compare(moved(case.make()), lambda model: dip_loss(model, case.batch).loss)
 
 
 def averages_over_samples(case: Case) -> None:
@@ -478,11 +282,11 @@ def averages_over_samples(case: Case) -> None:
     layers: dict[str, Any] = {}
     if case.sites.get("target_sites") in ("decoder_layer", "attention", "mlp", "linear"):
         stack = [f"{name}." for name, _ in decoder_layers(case.network.model)]
-        sites = tuple(f"{p.site.name}." for p in _projections(case.fresh))
+        sites = tuple(f"{p.site.name}." for p in projections_of(case.fresh))
         projected = [i for i, layer in enumerate(stack) if any(site.startswith(layer) for site in sites)]
         layers = {"layers_to_transform": projected[len(projected) // 2 :]}
-    model = _moved(case.make(num_samples=2, **layers))
-    loss, gradients = _backward(model, case.batch)
+    model = moved(case.make(num_samples=2, **layers))
+    loss, gradients = backward(model, case.batch)
     model.train()
     torch.manual_seed(11)
     tuner = model.base_model
@@ -494,13 +298,13 @@ def averages_over_samples(case: Case) -> None:
     if naive is None:
         raise NotAsked("no loss of its own")
     half = len(outputs.logits) // 2
-    assert _difference(outputs.logits[:half], outputs.logits[half:]) > 1e-7, "both samples are the same"
+    assert difference_of(outputs.logits[:half], outputs.logits[half:]) > 1e-7, "both samples are the same"
     if getattr(outputs, "aux_loss", None) is not None:
         raise NotAsked("a balancing loss is of the rows together")
     naive.backward()
-    _assert_close(loss, naive, 1e-4, "loss of two samples")
+    assert_close(loss, naive, 1e-4, "loss of two samples")
     want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    _assert_same_gradients(gradients, want, 2e-3)
+    assert_same_gradients(gradients, want, 2e-3)
 
 
 def pairs_its_samples(case: Case) -> None:
@@ -525,10 +329,10 @@ def pairs_its_samples(case: Case) -> None:
         dim = dims[0]
         checked.add(module.site.name)
         first, second = (output - x).detach().chunk(2, dim)
-        if _difference(first, -second) > TOLERANCE:
+        if difference_of(first, -second) > TOLERANCE:
             wrong.append(f"{module.site.name}: not opposite in {tuple(x.shape)}")
 
-    for projection in _projections(model):
+    for projection in projections_of(model):
         projection.register_forward_hook(check)
     dip_loss(model, case.batch)
     assert not wrong, f"{len(wrong)} sites, such as {wrong[0]}"
@@ -543,27 +347,27 @@ def has_the_models_own_loss(case: Case) -> None:
     try:
         own = base(**case.batch).loss
     except Exception as error:
-        raise NotAsked(f"{type(error).__name__}: {_short(error)}") from error
+        raise NotAsked(f"{type(error).__name__}: {shortened(error)}") from error
     if own is None:
         raise NotAsked("no loss of its own")
     model = case.make(base, num_samples=1 if adds_router_loss(base) else 2).eval()  # as `own` was computed
     with model.deterministic():
         out = dip_loss(model, case.batch)
-    _assert_close((out.loss - out.prior).detach(), own.detach(), 1e-4, "loss without noise")
+    assert_close((out.loss - out.prior).detach(), own.detach(), 1e-4, "loss without noise")
 
 
 def trains_in_bfloat16(case: Case) -> None:
     """A step in bfloat16 is finite, and the log-variances and scales stay float32."""
-    batch = _cast(case.batch, torch.bfloat16)
+    batch = cast(case.batch, torch.bfloat16)
 
     def plain_step() -> None:
         case.network.plain().to(torch.bfloat16).train()(**batch).loss.backward()
 
     case.network.once("bfloat16", plain_step)
     model = case.make(copy.deepcopy(case.network.model).to(torch.bfloat16))
-    loss, gradients = _backward(model, batch)
+    loss, gradients = backward(model, batch)
     assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients.values())
-    assert all(p.logvar.dtype == p.scale.dtype == torch.float32 for p in _projections(model))
+    assert all(p.logvar.dtype == p.scale.dtype == torch.float32 for p in projections_of(model))
 
 
 # ---- files ----
@@ -575,12 +379,12 @@ def loads_what_it_saved(case: Case) -> None:
         case.trained.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(copy.deepcopy(case.network.model), folder).eval()
     # Not bit for bit: some of the networks round by where their weights lie in memory.
-    _assert_close(case.logits(loaded), case.logits(case.trained), 1e-5, "without noise")
+    assert_close(case.logits(loaded), case.logits(case.trained), 1e-5, "without noise")
     logits = []
     for model in (loaded, case.trained):
         with model.sampling(seed=3):
             logits.append(case.logits(model))
-    _assert_close(*logits, 1e-5, "with noise")
+    assert_close(*logits, 1e-5, "with noise")
 
 
 def merges_without_a_trace(case: Case) -> None:
@@ -589,11 +393,11 @@ def merges_without_a_trace(case: Case) -> None:
     def merge(model: Any) -> nn.Module:
         want = case.logits(model.eval())
         merged = model.merge_and_unload()
-        _assert_close(case.logits(merged), want, TOLERANCE, "merged logits")
+        assert_close(case.logits(merged), want, TOLERANCE, "merged logits")
         return merged
 
     if case.network.weights != "full":
-        case.network.once("merging", lambda: merge(_moved(case.network.plain())))
+        case.network.once("merging", lambda: merge(moved(case.network.plain())))
     merged = merge(copy.deepcopy(case.trained))
     assert type(merged) is type(case.network.model)
     for name, module in merged.named_modules():
@@ -608,12 +412,6 @@ def merges_without_a_trace(case: Case) -> None:
 # ---- ensembles ----
 
 
-@contextlib.contextmanager
-def _ensemble(model: Any, seed: int = 1) -> Iterator[None]:
-    with model.ensemble(num_samples=3, seed=seed):
-        yield
-
-
 def has_the_mean_of_its_samples(case: Case) -> None:
     """The ensemble's logits are the mean of its samples', of which the first does not depend on the others."""
     rows = 1 if "input_ids" in case.batch else None
@@ -623,9 +421,9 @@ def has_the_mean_of_its_samples(case: Case) -> None:
         first = case.logits(case.trained, rows)
     with case.trained.ensemble(num_samples=3, average="logit", seed=1):
         mean = case.logits(case.trained, rows)
-    assert _difference(samples_K[0], samples_K[1]) > 1e-6, "two samples are the same"
-    _assert_close(samples_K[:1], first, TOLERANCE, "the first sample of three and of one")
-    _assert_close(mean, samples_K.mean(0), TOLERANCE, "the mean")
+    assert difference_of(samples_K[0], samples_K[1]) > 1e-6, "two samples are the same"
+    assert_close(samples_K[:1], first, TOLERANCE, "the first sample of three and of one")
+    assert_close(mean, samples_K.mean(0), TOLERANCE, "the mean")
 
 
 def is_the_network_without_variance(case: Case) -> None:
@@ -640,7 +438,7 @@ def is_the_network_without_variance(case: Case) -> None:
     if "attention_mask" in case.batch and mean.shape[:2] == case.batch["attention_mask"].shape:
         real = case.batch["attention_mask"].bool()
         mean, want = mean[real], want[real]
-    _assert_close(mean, want, TOLERANCE, "without variance")
+    assert_close(mean, want, TOLERANCE, "without variance")
 
 
 def answers_alike_with_a_cache(case: Case) -> None:
@@ -669,12 +467,13 @@ def answers_alike_in_another_batch(case: Case) -> None:
             return case.tokens_logits(model, torch.cat([ids, others]))[:1]
 
         return _compare_in_ensemble(case, beside_others)
-    with case.trained.deterministic():
-        alone, beside = case.logits(case.trained, 1), case.logits(case.trained, 2)[:1]
-    if _difference(beside, alone) > TOLERANCE:
-        raise NotAsked("the network differs too")
-    with _ensemble(case.trained):
-        _assert_close(case.logits(case.trained, 2)[:1], case.logits(case.trained, 1), TOLERANCE, "in another batch")
+
+    def compare(model: nn.Module) -> None:
+        assert_close(case.logits(model, 2)[:1], case.logits(model, 1), TOLERANCE, "in another batch")
+
+    case.network.once("another batch", lambda: compare(case.network.model))
+    with case.trained.ensemble(num_samples=3, seed=1):
+        compare(case.trained)
 
 
 def _in_pieces(case: Case, model: nn.Module, ids: torch.Tensor, cut: int = 7) -> torch.Tensor:
@@ -694,12 +493,12 @@ def _compare_in_ensemble(case: Case, answer: Callable[[Case, nn.Module, torch.Te
         raise NotAsked("it predicts no next token")
 
     def compare(model: nn.Module) -> None:
-        _assert_close(answer(case, model, ids), case.tokens_logits(model, ids), TOLERANCE, "in this way")
+        assert_close(answer(case, model, ids), case.tokens_logits(model, ids), TOLERANCE, "in this way")
 
     case.network.once(f"answers, {answer.__name__}", lambda: compare(case.network.model))
     with case.trained.deterministic():
         compare(case.trained)
-    with _ensemble(case.trained):
+    with case.trained.ensemble(num_samples=3, seed=1):
         compare(case.trained)
 
 
@@ -742,12 +541,12 @@ def _compare_generation(case: Case, padded: bool) -> None:
     def compare(model: nn.Module) -> None:
         (tokens, logits), (own_tokens, own_logits) = step_by_step(model), generate(model)
         assert torch.equal(own_tokens, tokens), f"tokens {own_tokens.tolist()} for {tokens.tolist()}"
-        _assert_close(own_logits, logits, TOLERANCE, "logits of the steps")
+        assert_close(own_logits, logits, TOLERANCE, "logits of the steps")
 
     case.network.once(f"generation, padded={padded}", lambda: compare(case.network.model))
     with case.trained.deterministic():
         compare(case.trained)
-    with _ensemble(case.trained):
+    with case.trained.ensemble(num_samples=3, seed=1):
         try:
             compare(case.trained)
         except ValueError as refusal:

@@ -35,8 +35,9 @@ from transformers.utils import logging
 
 from report.output_folder import write_whole
 from report.provenance import provenance
-from tests.matrix.other_models import ALL_SITES, OTHER_MODELS, Batch, build_other
-from tests.matrix.properties import PROPERTIES, Case, Network, NotAsked, Outcome, ask
+from tests.matrix.cases import Batch, Case, Network, NotAsked, Outcome, ask
+from tests.matrix.other_models import ALL_SITES, OTHER_MODELS, build_other
+from tests.matrix.properties import PROPERTIES
 from tests.matrix.shrinking import build, causal_families
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,12 +6,10 @@ import torch
 from dipnet_hf import DipConfig
 from dipnet_hf.noise import add_noise
 from tests.matrix import run
+from tests.matrix.cases import NotAsked, Outcome, ask
 from tests.matrix.other_models import OTHER_MODELS
 from tests.matrix.properties import (
     PROPERTIES,
-    NotAsked,
-    Outcome,
-    ask,
     has_the_gradient_of_differences,
     recomputes_its_noise_reentrantly,
     trains_in_bfloat16,
