@@ -14,7 +14,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation import GenerationConfig, GenerationMode
 
 from . import objective
 from .architecture import TEXT_INPUTS, is_encoder_decoder, layers_from, layers_if_any, takes_tokens, token_dims
@@ -24,6 +23,7 @@ from .config import DipConfig
 from .contexts import ContextValue
 from .draws import RecomputeMemory
 from .ensemble import AVERAGES, Ensemble, check_prompt
+from .generation import GenerationGuard
 from .hidden_states import HiddenStateCapture
 from .late_expansion import Inputs, LateExpansion
 from .layout import TokenDims
@@ -124,9 +124,7 @@ class DipModel(BaseTuner):
                 for layer in layers_if_any(model)
             ),
         ]
-        self._checks = {"_validate_generation_mode": self._check_generation, "generate_batch": self._generate_batch}
-        if hasattr(model, "_validate_generation_mode"):
-            vars(model).update(self._checks)
+        self._generation_guard = GenerationGuard(model, self._pass, self._noise_on)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._projections: list[DipProjection] = []
@@ -316,21 +314,6 @@ class DipModel(BaseTuner):
                 next((prompt for prompt in (inputs, *map(kwargs.get, TEXT_INPUTS)) if prompt is not None), None)
             )
         return self.model.generate(inputs, *args, **kwargs)
-
-    def _check_generation(self, mode: GenerationMode, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
-        """Check what `generate` is about to do; it calls this by the name of its own check, which comes after."""
-        if isinstance(ensemble := self._pass.get(), Ensemble):
-            ensemble.check_generation(mode, config)
-        type(self.model)._validate_generation_mode(self.model, mode, config, mode_kwargs)
-
-    def _generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching, but within a context."""
-        if self._noise_on.get() is not None:
-            raise ValueError(
-                "Continuous batching runs in a thread of its own, which this context does not reach: use generate, on "
-                "padded batches."
-            )
-        return type(self.model).generate_batch(self.model, *args, **kwargs)
 
     @contextlib.contextmanager
     def sampling(self, seed: int | None = None) -> Iterator[None]:
@@ -603,9 +586,7 @@ class DipModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
-        for name, check in self._checks.items():
-            if vars(self.model).get(name) == check:
-                del vars(self.model)[name]
+        self._generation_guard.remove()
         for projection, host in zip(self._projections, hosts, strict=True):
             projection.detach_from(host)
         self._projections = []  # what is asked of this tuner from now on finds no noise

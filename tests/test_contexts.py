@@ -139,14 +139,6 @@ def test_a_generator_may_end_in_another_context_than_it_began_in(batch):
             assert torch.equal(model(**batch).logits, plain)
 
 
-def test_continuous_batching_within_a_context_is_refused(batch):
-    """It would run in a thread of its own, without the context."""
-    model = calibrated_model()
-    for context in (model.sampling(), model.deterministic(), model.ensemble(2)):
-        with context, pytest.raises(ValueError, match="thread of its own, which this context does not reach"):
-            model.generate_batch(inputs=batch["input_ids"].tolist())
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_the_backward_pass_of_another_thread_recomputes_the_same_noise(batch, use_reentrant):
     results = []

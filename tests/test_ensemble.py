@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
     TextStreamer,
@@ -538,26 +537,6 @@ def test_scaled_rotary_positions_reach_past_the_configs_limit(rope_type):
         )
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_beams": 2}, "one token at a time, greedily or by sampling; got beam_search.*num_beams=1"),
-        ({"prompt_lookup_num_tokens": 2}, "got assisted_generation.*leave out assistant_model"),
-        ({"assistant_model": build("llama")}, "got assisted_generation"),
-        ({"cache_implementation": "static"}, r"supports the caches .*'dynamic'.*got cache_implementation='static'"),
-        ({"past_key_values": StaticCache(build("llama").config, max_cache_len=32)}, "static cache is not supported"),
-        (
-            {"return_dict_in_generate": True, "output_hidden_states": True},
-            r"output_hidden_states is not available inside .*model.sampling",
-        ),
-    ],
-)
-def test_unsupported_generation_is_refused(settings, message):
-    model, input_ids = model_and_prompts()
-    with model.ensemble(2), pytest.raises(ValueError, match=message):
-        model.generate(input_ids=input_ids[:1], max_new_tokens=2, **settings)
-
-
 def test_what_would_draw_other_noise_is_refused(batch):
     model, input_ids = model_and_prompts()
     with torch.no_grad(), model.ensemble(2):
@@ -569,8 +548,6 @@ def test_what_would_draw_other_noise_is_refused(batch):
         packed = {"input_ids": input_ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
         with pytest.raises(ValueError, match="not sequences packed by position_ids"):
             model(**packed)
-        with pytest.raises(ValueError, match="Continuous batching runs in a thread of its own"):
-            model.generate(input_ids=input_ids, cache_implementation="paged")
         with pytest.raises(ValueError, match=r"the inputs \['input_ids', .*\] hold none"):
             model(input_ids=None)
     model.add_adapter(

@@ -60,9 +60,10 @@ TABLE = {
         ours="architecture contexts draws late_expansion layout noise projection uncertainty",
         others="peft torch transformers",
     ),
+    "generation": Row(ours="contexts ensemble passes", others="torch transformers"),
     "model": Row(
-        ours="architecture calibration calibration_loss config contexts draws ensemble hidden_states late_expansion "
-        "layout noise objective passes projection sites weights",
+        ours="architecture calibration calibration_loss config contexts draws ensemble generation hidden_states "
+        "late_expansion layout noise objective passes projection sites weights",
         others="peft torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),

@@ -103,17 +103,8 @@ def finds_its_level(case: Case) -> None:
     """Calibration finds a level, where the network predicts anything that noise can spoil."""
     if is_encoder_decoder(case.network.model):
         raise NotAsked("an untrained network is as wrong without noise")  # its true labels decide
-    base, labels = copy.deepcopy(case.network.model), case.batch["labels"]
-    head = base.get_output_embeddings()
-    if head is not None:
-        with torch.no_grad():
-            head.weight *= 8  # so that it is sure of something
-    logits = case.logits(base)
-    if not labels.is_floating_point() and logits.shape[:-1] == labels.shape:
-        probabilities = logits[labels != -100].softmax(-1)
-        entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1).mean()
-        if math.log(logits.shape[-1]) - entropy < 0.5:
-            raise NotAsked("it predicts nothing yet")
+    base = copy.deepcopy(case.network.model)
+    _make_it_half_sure(case, base)
     # Many tokens, as one whose experts are chosen otherwise makes the loss jump.
     batches = [case.batch]
     if "input_ids" in case.batch:
@@ -121,6 +112,24 @@ def finds_its_level(case: Case) -> None:
         batches = [case.batch | {"input_ids": (case.batch["input_ids"] + 7 * i) % 180 * real} for i in range(8)]
     model = case.make(base, batches, init_noise_std="auto", init_loss_increase=0.2)
     assert 0 < model.init_noise_std < 1e3
+
+
+def _make_it_half_sure(case: Case, base: nn.Module) -> None:
+    """Scale the head until the network predicts something and is not certain of all: noise has to change its loss."""
+    labels, head = case.batch["labels"], base.get_output_embeddings()
+    for _ in range(20):
+        logits = case.logits(base)
+        if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+            return
+        log_probs = logits[labels != -100].log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1).mean() / math.log(logits.shape[-1])
+        if 0.3 < entropy < 0.8:
+            return
+        if head is None:
+            break
+        with torch.no_grad():
+            head.weight *= 1.5 if entropy > 0.5 else 0.7
+    raise NotAsked("it predicts nothing yet")
 
 
 def leaves_padding_alone(case: Case) -> None:
