@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .answers import Answer, WritingLM
 from .ensemble import AVERAGES, is_integer
@@ -121,7 +122,13 @@ class DipLM(WritingLM):
         return [scores[number] for number in range(len(answers))]
 
     def _create_model(self, pretrained: str, peft: str | None = None, revision: str = "main", **kwargs) -> None:
-        """Load the model. HFLM cuts a vocabulary that is padded for speed, and then all weights of it do not fit."""
+        """Load the model. HFLM cuts a vocabulary that is padded for speed, and then all weights of it do not fit.
+
+        HFLM hands `load_in_4bit` and the like to `from_pretrained`, which takes them no more since transformers 5.
+        """
+        fields = kwargs.keys() & signature(BitsAndBytesConfig).parameters
+        if quantization := {name: kwargs.pop(name) for name in fields}:
+            kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
         if peft is None or not self._all_weights:
             super()._create_model(pretrained, peft=peft, revision=revision, **kwargs)
             return

@@ -1,21 +1,22 @@
 """The recipes' configurations: dataclasses, a YAML file and `--set key=value`. No training code lives here.
 
-Three sections of a fine-tuning hold other libraries' options under their own names: `weights` a PEFT config, `dip` a
-`DipConfig`, `training` a `TrainingArguments`. Their keys are checked here too, so a misspelled one stops the run
-before any work.
+Four sections of a fine-tuning hold other libraries' options under their own names: `weights` a PEFT config, `dip` a
+`DipConfig`, `training` a `TrainingArguments`, `quantization` a `BitsAndBytesConfig`. Their keys are checked here too,
+so a misspelled one stops the run before any work.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from pathlib import Path
 
 import torch
 import yaml
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dipnet_hf import DipConfig
 
@@ -75,6 +76,9 @@ class FinetuneConfig:
         evaluation (`EvaluationConfig`): what the trained model is scored on.
         dtype (`str`, *optional*): the data type of an adapter's base, as in transformers' `from_pretrained`; null is
             the one it was saved in. All weights are trained in float32.
+        quantization (`dict`, *optional*): fields of transformers' `BitsAndBytesConfig`, `load_in_4bit: true` or
+            `load_in_8bit: true` among them: the base of an adapter in so many bits (QLoRA). What stays unquantized is
+            computed in float32, as PEFT prepares such a base.
         attn_implementation (`str`, *optional*): as in transformers' `from_pretrained`; null is the model's default.
             With a flash attention, training batches have no padding; with others that would cost more.
         trust_remote_code (`bool`): let the model's repository run its own code.
@@ -92,6 +96,7 @@ class FinetuneConfig:
     num_validation_samples: int | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dtype: str | None = None
+    quantization: dict | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -104,6 +109,8 @@ class FinetuneConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or null, got {self.dtype!r}.")
         if self.weights == "full" and self.dtype not in (None, "float32"):
             raise ValueError(f"weights: full trains in float32, got dtype: {self.dtype}; use training.bf16=true.")
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
         if self.training.get("metric_for_best_model") is not None and self.num_validation_samples is None:
             raise ValueError(
                 "training.metric_for_best_model would choose the best checkpoint on the test problems that it is then "
@@ -116,6 +123,17 @@ class FinetuneConfig:
         if self.evaluation.num_samples is not None and self.dip is None:
             raise ValueError("evaluation.num_samples with dip: null: a plain model has no noisy passes; leave it out.")
         self.dip_config()  # for its errors
+
+    def _check_quantization(self, fields: dict) -> None:
+        if self.weights == "full":
+            raise ValueError("weights: full cannot train a quantized model; give a PEFT config, or drop quantization.")
+        if sum(bool(fields.get(name)) for name in ("load_in_4bit", "load_in_8bit")) != 1:
+            raise ValueError(f"quantization needs one of load_in_4bit: true and load_in_8bit: true, got {fields}.")
+        self.quantization_config()
+
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """Build the `BitsAndBytesConfig`; None for a base that is not quantized."""
+        return None if self.quantization is None else BitsAndBytesConfig(**self.quantization)
 
     def peft_config(self) -> PeftConfig | str:
         """Build the PEFT config of `weights`; `"full"` and `"frozen"` stay as they are."""
@@ -298,6 +316,8 @@ def _check_all_keys(values: dict) -> None:
         # What `DipConfig` takes and does not keep: runs of earlier versions stay readable.
         names = _field_names(DipConfig) | {"alpha", "beta", "antithetic", "shared_prompt_noise"}
         _check_keys("dip", values["dip"], names - {"weights", *_field_names(PeftConfig)})
+    if values.get("quantization") is not None:
+        _check_keys("quantization", values["quantization"], _parameter_names(BitsAndBytesConfig))
     if values.get("evaluation") is not None:
         _check_keys("evaluation", values["evaluation"], _field_names(EvaluationConfig))
 
@@ -328,6 +348,11 @@ def _did_you_mean(given, allowed: set[str], prefix: str = "") -> str:
 
 def _field_names(config_class: type) -> set[str]:
     return {item.name for item in fields(config_class) if item.init}
+
+
+def _parameter_names(function: Callable) -> set[str]:
+    parameters = signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind != Parameter.VAR_KEYWORD}
 
 
 def _require_positive(name: str, value, optional: bool) -> None:

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState
 
 from recipes.config import DistillConfig, FinetuneConfig, dump_config
@@ -47,15 +47,28 @@ def model_dtype(config: FinetuneConfig) -> torch.dtype | str:
 
 
 def load_base(run: FinetuneConfig) -> PreTrainedModel:
-    """Load the model that the run started from."""
+    """Load the model that the run started from; a quantized one as PEFT prepares it for training."""
     if Path(run.model).is_dir():
         check_files(run.model)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         run.model,
         dtype=model_dtype(run),
+        quantization_config=run.quantization_config(),
         attn_implementation=run.attn_implementation,
         trust_remote_code=run.trust_remote_code,
     )
+    return model if run.quantization is None else prepare_quantized(model)
+
+
+def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze a quantized model and compute what is not quantized in float32, as PEFT does."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # bitsandbytes 0.50: on some CPUs a pass in eval mode packs the weights for a kernel that has no gradient.
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer turns it on
 
 
 def check_can_be_saved(model: PreTrainedModel, run: FinetuneConfig) -> None:

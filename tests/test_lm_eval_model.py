@@ -8,8 +8,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from peft import LoraConfig, get_peft_model
-from transformers import set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from dipnet_hf import DipConfig, get_dip_model
 from dipnet_hf.lm_eval_model import DipLM
@@ -260,6 +260,21 @@ def test_a_vote_needs_as_many_repeats_as_samples(dip):
 
 
 # ---- finished responses ----
+
+
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_a_quantized_base_is_loaded_by_the_names_of_its_fields(saved, num_samples):
+    pytest.importorskip("bitsandbytes", reason="quantized models need bitsandbytes")
+    fields = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+    quantized = DipLM(**saved, **fields, num_samples=num_samples)
+    base = AutoModelForCausalLM.from_pretrained(saved["pretrained"], quantization_config=BitsAndBytesConfig(**fields))
+    expected = PeftModel.from_pretrained(base.dequantize(), saved["peft"])
+    requests = make_requests("loglikelihood")
+    scores = [score for score, _ in quantized.loglikelihood(requests)]
+    in_memory = DipLM(expected, tokenizer=quantized.tokenizer, num_samples=num_samples)
+    assert scores == pytest.approx([score for score, _ in in_memory.loglikelihood(requests)], rel=1e-3)
+    plain = DipLM(**saved, num_samples=num_samples).loglikelihood(requests)
+    assert scores != pytest.approx([score for score, _ in plain], rel=1e-3)
 
 
 @pytest.fixture

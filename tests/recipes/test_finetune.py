@@ -14,7 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer
 
 from recipes import finetune
+from recipes.config import load_config
 from recipes.data import format_prompt
+from recipes.running import load_base
 from report.output_folder import occupied
 from tests.helpers import losses, read_results
 
@@ -274,6 +276,33 @@ def test_an_ensemble_is_evaluated_on_as_many_rows_of_the_model(run, monkeypatch)
     evaluation = "evaluation={tasks: [gsm8k_local], num_samples: 2, max_new_tokens: 2}"
     run("--set", evaluation, max_steps=1, dip={"init_noise_std": 0.1}, per_device_eval_batch_size=4)
     assert batch_sizes == [4, 1, *[2, 2, 1]]  # five problems in one pass, and as the mean of two
+
+
+@pytest.mark.parametrize("bits", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+@pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.1}], ids=["plain", "dip"])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_quantized_base_is_trained_loaded_and_merged(run, dip, bits, problems_folder, tokenizer):
+    pytest.importorskip("bitsandbytes", reason="quantized models need bitsandbytes")
+    settings = {"activation_checkpointing": True, "save_steps": 3}
+    folder = run("--set", f"quantization={bits}", dip=dip, name="q", **settings)
+    config = load_config(str(folder / "config.yaml"))
+    tokens = torch.tensor([tokenizer("Question: 1 + 1?\nAnswer: #### 2")["input_ids"]])
+    history = read_results(folder)["log_history"]
+    assert history[0]["grad_norm"] > 0
+
+    def loaded(base):
+        return PeftModel.from_pretrained(base, folder).eval()
+
+    quantized = loaded(load_base(config))(input_ids=tokens).logits
+    dequantized = loaded(load_base(config).dequantize())
+    expected = dequantized(input_ids=tokens).logits
+    # int8 rounds what comes in, too
+    assert difference(quantized, expected) < (0.2 if "load_in_8bit" in bits else 1e-4)
+    assert difference(dequantized.merge_and_unload()(input_ids=tokens).logits, expected) < 1e-4
+
+
+def difference(logits, expected):
+    return float((logits - expected).abs().max() / expected.abs().max())
 
 
 def test_runs_as_a_script(model_folder, problems_folder, tmp_path):
