@@ -21,8 +21,9 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 
 from dipnet_hf import predict
 from recipes.config import FinetuneConfig, load_config
-from recipes.data import format_prompt, read_json_lines, read_problems
+from recipes.rows import read_json_lines, read_problems
 from recipes.running import load_dip_run, load_tokenizer
+from recipes.tokens import format_prompt
 from report import (
     plot_against_samples,
     plot_reliability,

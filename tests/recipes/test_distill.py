@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes import distill, finetune
 from recipes.config import DistillConfig
-from recipes.data import format_prompt, make_collator, prepare_data
+from recipes.data import make_collator, prepare_data
 from recipes.running import load_base, load_dip_run, load_tokenizer
+from recipes.tokens import format_prompt
 from tests.helpers import losses, read_results, write_jsonl
 
 BOTH = pytest.mark.parametrize("weights", ["full", "lora"])
@@ -63,7 +64,8 @@ class Parts:
         self.teacher = load_dip_run(str(folder), self.run)
         self.tokenizer = load_tokenizer(self.run)
         self.collator = make_collator(self.tokenizer)
-        _, train_set, self.heldout, _ = prepare_data(self.run, self.tokenizer)
+        data = prepare_data(self.run, self.tokenizer)
+        train_set, self.heldout = data.train, data.heldout
         self.rows = train_set.add_column("has_answer", [True] * len(train_set))
 
     def config(self, **changes):

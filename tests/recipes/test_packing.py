@@ -1,0 +1,62 @@
+"""Packed rows: every sequence is there once and whole, and a batch of them is that of the sequences themselves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from recipes.packing import PaddingFreeCollator, check_packing, pack
+
+
+def make_tokens(lengths=(5, 2, 7, 3, 1, 6, 4)):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(3, 60, (length,), generator=generator).tolist()
+        rows.append(
+            {"input_ids": ids, "attention_mask": [1] * length, "labels": [-100] * (length // 2) + ids[length // 2 :]}
+        )
+    return Dataset.from_list(rows)
+
+
+def sequences(batch):
+    """The (tokens, labels) of each sequence of a flattened batch, by its boundaries."""
+    bounds = batch["cu_seq_lens_q"].tolist()
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    return sorted((ids[start:end], labels[start:end]) for start, end in zip(bounds, bounds[1:]))
+
+
+def test_a_batch_of_packed_rows_is_that_of_their_sequences():
+    pytest.importorskip("trl")
+    tokens = make_tokens()
+    packed = pack(tokens, max_length=8)
+    assert len(packed) == 4 and all(len(row["input_ids"]) <= 8 for row in packed)
+    collator = PaddingFreeCollator()
+    batch, expected = collator(list(packed)), collator(list(tokens))
+    assert sequences(batch) == sequences(expected)
+    assert int(batch["max_length_q"]) == int(expected["max_length_q"]) == 7
+    positions = [
+        place
+        for start, end in zip(*[batch["cu_seq_lens_q"].tolist()[i:] for i in (0, 1)])
+        for place in range(end - start)
+    ]
+    assert batch["position_ids"][0].tolist() == positions
+
+
+def model_with(attention, **config):
+    config = SimpleNamespace(_attn_implementation=attention, model_type="some_model", **config)
+    return SimpleNamespace(config=config, _is_stateful=False)
+
+
+def test_models_in_which_sequences_would_meet_are_refused():
+    check_packing(model_with("flash_attention_2", layer_types=["full_attention", "sliding_attention"]))
+    with pytest.raises(ValueError, match="packing needs a flash attention, .* this model has sdpa. Set attn"):
+        check_packing(model_with("sdpa"))
+    mixed = model_with("flash_attention_2", layer_types=["full_attention", "linear_attention"])
+    with pytest.raises(ValueError, match=r"packing does not fit some_model: its layers \(linear_attention\) carry"):
+        check_packing(mixed)
+    stateful = model_with("flash_attention_2")
+    stateful._is_stateful = True
+    with pytest.raises(ValueError, match=r"its layers \(recurrent\) carry"):
+        check_packing(stateful)
