@@ -163,9 +163,11 @@ def positive(text: str) -> int:
 
 def show_examples(config: FinetuneConfig, number: int) -> None:
     """Print the first training rows as they are tokenized; nothing but the tokenizer is loaded."""
-    tokenizer = load_tokenizer(config)
-    train_set = prepare_data(config, tokenizer).train
-    print_examples(train_set.select(range(min(number, len(train_set)))), tokenizer)
+    training_args, tokenizer = config.training_arguments(), load_tokenizer(config)
+    with training_args.main_process_first():
+        train_set = prepare_data(config, tokenizer).train
+    if training_args.process_index == 0:
+        print_examples(train_set.select(range(min(number, len(train_set)))), tokenizer)
 
 
 def prepare_tasks(config: FinetuneConfig, tokenizer, chat: Chat | None) -> dict[str, Dataset]:

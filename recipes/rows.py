@@ -37,6 +37,7 @@ FORMATS = {
     "prompt / completion": ("prompt", "completion"),
     "text": ("text",),
 }
+TURNS = ("messages", "prompt", "completion")  # columns that may be lists of turns
 BESIDE_TURNS = ("tools", "chat_template_kwargs")  # columns that a chat template is given with the turns
 KNOWN_COLUMNS = [*dict.fromkeys(column for columns in FORMATS.values() for column in columns), *BESIDE_TURNS]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -115,7 +116,17 @@ def _read_split(paths: list[str], split: str, columns: dict[str, str] | None) ->
     first = placed[0][1]
     features = Features({name: Value("string") if isinstance(first.get(name), str) else Json() for name in names})
     rows = {name: [row.get(name) for _, row in placed] for name in names}
-    return Dataset.from_dict(rows, features=features, split=split)
+    try:
+        kept = Dataset.from_dict(rows, features=features, split=split)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{', '.join(paths)} holds half a character, which is no text: {error}.") from error
+    for name in (name for name in TURNS if features.get(name) == Json()):
+        for (place, row), value in zip(placed, kept[name], strict=True):
+            if value != row[name]:
+                raise ValueError(
+                    f"{place}: {name} holds NaN or a number of more than 64 bits, got {row[name]!r:.99}."
+                )
+    return kept
 
 
 def _read_file(path: str) -> list[tuple[str, Any]]:
@@ -139,6 +150,8 @@ def _read_file(path: str) -> list[tuple[str, Any]]:
 def _known_columns(dataset: str, rows: Dataset, columns: dict[str, str] | None) -> Dataset:
     """Check the rows of a library's data set, and keep what is known of them."""
     place = f"{dataset}, split {rows.split}"
+    if not len(rows):
+        raise ValueError(f"{place} has no rows.")
     old_names = _rename(place, {name: name for name in rows.column_names}, columns)
     rows = rows.select_columns(list(old_names.values())).rename_columns({old: new for new, old in old_names.items()})
     wanted = FORMATS[format_of(place, rows.column_names)]
@@ -231,6 +244,7 @@ def _check_svamp(place: str, row: dict[str, Any]) -> None:
 
 def _check_messages(place: str, row: dict[str, Any]) -> None:
     check_turns(f"{place}: messages", row["messages"])
+    _check_beside(place, row)
 
 
 def _check_completion(place: str, row: dict[str, Any]) -> None:
@@ -239,11 +253,30 @@ def _check_completion(place: str, row: dict[str, Any]) -> None:
         return
     check_turns(f"{place}: prompt", row["prompt"])
     check_turns(f"{place}: completion", row["completion"])
+    _check_beside(place, row)
     if row["prompt"][-1]["role"] == "assistant" or row["completion"][0]["role"] != "assistant":
         raise ValueError(
             f"{place}: a completion begins with a turn of the assistant, and a prompt ends with another's; got "
             f"{row['completion'][0]['role']} after {row['prompt'][-1]['role']}. Give whole conversations as messages."
         )
+
+
+def _check_beside(place: str, row: dict[str, Any]) -> None:
+    """Check what a chat template is given with the turns."""
+    if not isinstance(row.get("chat_template_kwargs") or {}, dict):
+        raise ValueError(f"{place}: chat_template_kwargs must be a mapping, got {row['chat_template_kwargs']!r:.60}.")
+    try:
+        tools = tools_of(row) or []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: tools is not valid JSON: {error}.") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{place}: tools must be a list of descriptions, got {row['tools']!r:.60}.")
+
+
+def tools_of(row: dict[str, Any]) -> Any:
+    """The tools of a row; TRL's data sets have them as JSON, too."""
+    tools = row.get("tools") or None
+    return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def check_turns(place: str, turns: Any) -> None:
@@ -268,7 +301,7 @@ def check_turns(place: str, turns: Any) -> None:
 
 def _nearest_role(role: Any) -> str:
     known = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-    return f"write {known[role]}." if role in known else did_you_mean(role, ROLES)
+    return f"write {known[role]}." if isinstance(role, str) and role in known else did_you_mean(role, ROLES)
 
 
 CHECKS: dict[str, Callable[[str, dict[str, Any]], None]] = {

@@ -4,7 +4,6 @@ The text of a question is that of lm-evaluation-harness' `gsm8k` task, and its c
 does, so a model is trained on the very prompt it is scored with.
 """
 
-import json
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from recipes.chat import IGNORED_LABEL, TokenSequence, Turn, encode_turns, render
+from recipes.rows import tools_of
 
 
 class Chat(NamedTuple):
@@ -123,17 +123,15 @@ def _with_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _beside(row: dict[str, Any]) -> dict[str, Any]:
-    """What a chat template is given with the turns; TRL's data sets have tools as JSON, too."""
-    tools = row.get("tools") or None
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    """What a chat template is given with the turns."""
+    return {"tools": tools_of(row), **(row.get("chat_template_kwargs") or {})}
 
 
 def _check_labels(rows: Dataset, tokens: Dataset) -> None:
     masked = [
         index
         for index, labels in zip(tokens["row"], tokens["labels"], strict=True)
-        if num_prompt_tokens(labels) == len(labels)
+        if num_prompt_tokens(labels[1:]) == len(labels) - 1  # nothing comes before the first
     ]
     if masked:
         raise ValueError(
