@@ -61,7 +61,7 @@ class DataSetConfig:
         path (`str`): Hub id, folder or file.
         dataset_config (`str`, *optional*): its configuration; null: its only one, `main` or `default`.
         dataset_split (`str`): the split to train on.
-        columns (`dict`, *optional*): names of its columns to those of `recipes/rows.py`; others are left out.
+        columns (`dict`, *optional*): names of its columns to those of `recipes/formats.py`; others are left out.
         weight (`float`, *optional*): its share in a mixture, relative to the other weights.
     """
 
@@ -88,7 +88,7 @@ class FinetuneConfig:
 
     Args:
         model (`str`): Hub id or folder of a causal language model and its tokenizer.
-        dataset (`str` or `list`): Hub id, folder or file of rows in one of the formats of `recipes/rows.py`, with a
+        dataset (`str` or `list`): Hub id, folder or file of rows in one of the formats of `recipes/formats.py`, with a
             `test` split for the held-out figures; or a mixture, a list of the fields of `DataSetConfig`. Either all of
             a mixture have a `weight`, or none, and then all rows are used.
         training (`dict`): any field of `transformers.TrainingArguments`; `output_dir` is required.

@@ -3,16 +3,18 @@
 Rows are the matter of `recipes/rows.py`, tokens of `recipes/tokens.py`, packing of `recipes/packing.py`.
 """
 
+import hashlib
 import json
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, interleave_datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from recipes.chat import IGNORED_LABEL, check_template
 from recipes.config import DataSetConfig, FinetuneConfig
-from recipes.rows import hold_out, hold_out_fraction, is_conversation, load_rows
+from recipes.formats import is_conversation
+from recipes.rows import load_rows
 from recipes.tokens import Chat, tokenize
 
 MIXTURE_SEED = 0  # the rows of a mixture are the same for all seeds of a run
@@ -47,7 +49,7 @@ def prepare_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> 
     train = mix(tokens_of("train"), [data_set.weight for data_set in data_sets])
     train, num_dropped = training_set(train, config.max_length, config.max_train_samples)
     counts = {"num_train_sequences": len(train), "num_dropped_train_sequences": num_dropped}
-    validation, heldout = tokens_of("validation") if _holds_out(config) else [], tokens_of("test")
+    validation, heldout = tokens_of("validation"), tokens_of("test")
     validation_set = heldout_set(concatenate_datasets(validation), config.max_length)[0] if validation else None
     if not heldout:
         return PreparedData(rows, train, validation_set, None, counts, chat)
@@ -67,8 +69,50 @@ def _load(data_set: DataSetConfig, config: FinetuneConfig) -> DatasetDict:
     return splits
 
 
-def _holds_out(config: FinetuneConfig) -> bool:
-    return config.num_validation_samples is not None or config.validation_fraction is not None
+def hold_out(problems: DatasetDict, num_samples: int) -> DatasetDict:
+    """Move the last `num_samples` training problems into a split of their own, `validation`.
+
+    Raises:
+        ValueError: none is left to train on.
+    """
+    num_train = len(problems["train"]) - num_samples
+    if num_train < 1:
+        raise ValueError(
+            f"num_validation_samples={num_samples} leaves nothing to train on: there are {len(problems['train'])} "
+            "training problems."
+        )
+    train, validation = (
+        problems["train"].select(range(num_train)),
+        problems["train"].select(range(num_train, num_train + num_samples)),
+    )
+    return DatasetDict({**problems, "train": train, "validation": validation})
+
+
+def hold_out_fraction(problems: DatasetDict, fraction: float) -> DatasetDict:
+    """Move a part of the training problems into `validation`, each by a hash of what it says.
+
+    Where others are added or the order changes, a problem stays where it was; copies of one are on one side.
+
+    Raises:
+        ValueError: a side is empty.
+    """
+    rows = problems["train"]
+    chosen = [_fraction_of(row) < fraction for row in rows]
+    for side, is_empty in (("train on", all(chosen)), ("validate on", not any(chosen))):
+        if is_empty:
+            raise ValueError(
+                f"validation_fraction={fraction} leaves nothing to {side} of {len(rows)} training problems: change it."
+            )
+    train = rows.select([number for number, is_held_out in enumerate(chosen) if not is_held_out])
+    validation = rows.select([number for number, is_held_out in enumerate(chosen) if is_held_out])
+    return DatasetDict({**problems, "train": train, "validation": validation})
+
+
+def _fraction_of(row: dict[str, Any]) -> float:
+    """A number between 0 and 1 that is the row's own; a None, where only others have something, does not count."""
+    said = json.loads(json.dumps(row), object_hook=lambda part: {k: v for k, v in part.items() if v is not None})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def choose_chat(config: FinetuneConfig, rows: list[DatasetDict]) -> Chat | None:

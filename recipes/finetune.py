@@ -32,9 +32,10 @@ from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, heldout_lines, heldout_set, make_collator, prepare_data
 from recipes.examples import print_examples
+from recipes.formats import COLUMNS
 from recipes.packing import PaddingFreeCollator, check_packing, pack
 from recipes.prompts import check_prompts
-from recipes.rows import COLUMNS, read_problems
+from recipes.rows import read_problems
 from recipes.running import (
     check_can_be_saved,
     check_output_dir,

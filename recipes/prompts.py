@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from eval.scoring import chat_prompt, task_prompts
 from recipes.config import FinetuneConfig
 from recipes.data import PreparedData, heldout_lines
-from recipes.rows import is_conversation, read_problems
+from recipes.formats import is_conversation
+from recipes.rows import read_problems
 from recipes.tokens import num_prompt_tokens, tokenize
 
 NUM_COMPARED = 4  # problems of each task, and conversations of each data set

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from recipes.chat import IGNORED_LABEL, TokenSequence, Turn, encode_turns, render
-from recipes.rows import tools_of
+from recipes.formats import tools_of
 
 
 class Chat(NamedTuple):
@@ -38,7 +38,7 @@ def prompt_tokens(question: str, tokenizer: PreTrainedTokenizerBase, chat: Chat 
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = None) -> Dataset:
-    """Turn rows of one of the formats of `recipes/rows.py` into tokens.
+    """Turn rows of one of the formats of `recipes/formats.py` into tokens.
 
     Learned are: the answer or completion and the final eos; in a chat template what the assistant says; of a text all.
 

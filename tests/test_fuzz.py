@@ -20,7 +20,8 @@ from dipnet_hf import DipConfig, get_dip_model, uncertainty
 from dipnet_hf.config import TARGET_SITES
 from eval.json_rows import read_rows
 from recipes.config import dump_config, load_config
-from recipes.rows import BESIDE_TURNS, KNOWN_COLUMNS, ROLES, load_rows, read_json_lines
+from recipes.formats import BESIDE_TURNS, KNOWN_COLUMNS, ROLES
+from recipes.rows import load_rows, read_json_lines
 from tests.tiny_models import build
 
 DOCUMENTED = (ValueError, TypeError)

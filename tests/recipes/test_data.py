@@ -5,12 +5,21 @@ import json
 import re
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from recipes.config import FinetuneConfig
-from recipes.data import heldout_lines, heldout_set, make_collator, mix, prepare_data, training_set
-from recipes.rows import hold_out, load_rows, read_problems, svamp_problem
+from recipes.data import (
+    heldout_lines,
+    heldout_set,
+    hold_out,
+    hold_out_fraction,
+    make_collator,
+    mix,
+    prepare_data,
+    training_set,
+)
+from recipes.rows import load_rows, read_problems, svamp_problem
 from recipes.tokens import tokenize
 from tests.helpers import write_jsonl
 
@@ -114,6 +123,39 @@ def test_validation_problems_are_the_last_of_the_training_split(problems_folder)
     assert held_out["test"].to_list() == problems["test"].to_list()
     with pytest.raises(ValueError, match="num_validation_samples=12 leaves nothing to train on: there are 12"):
         hold_out(problems, 12)
+
+
+def split_of(questions, fraction=0.3):
+    rows = Dataset.from_list([{"question": question, "answer": ""} for question in questions])
+    held_out = hold_out_fraction(DatasetDict({"train": rows, "test": rows}), fraction)
+    assert held_out["test"].to_list() == rows.to_list()
+    return set(held_out["train"]["question"]), set(held_out["validation"]["question"])
+
+
+def test_a_row_stays_on_its_side_whatever_is_added():
+    questions = [f"{number} + 1?" for number in range(400)]
+    train, validation = split_of(questions)
+    assert train | validation == set(questions) and not train & validation
+    assert abs(len(validation) - 0.3 * 400) < 5 * (400 * 0.3 * 0.7) ** 0.5  # five standard deviations
+    more_train, more_validation = split_of([*(f"new {n}" for n in range(100)), *reversed(questions), *questions])
+    assert train <= more_train and validation <= more_validation and not more_train & more_validation
+    assert validation < split_of(questions, 0.5)[1]
+
+
+def test_a_row_stays_on_its_side_when_others_have_tools(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"{number}"}]} for number in range(50)]
+    sides = []
+    for name, more in (("few", []), ("more", [{**rows[0], "tools": [{"name": "add"}]}])):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows + more)
+        held_out = hold_out_fraction(load_rows(str(tmp_path / f"{name}.jsonl")), 0.3)["validation"]
+        sides.append({row["messages"][0]["content"] for row in held_out if row.get("tools") is None})
+    assert sides[0] == sides[1]
+
+
+@pytest.mark.parametrize("fraction, side", [(1e-9, "validate on"), (1 - 1e-9, "train on")])
+def test_an_empty_side_is_refused(fraction, side):
+    with pytest.raises(ValueError, match=f"leaves nothing to {side} of 3 training problems"):
+        split_of("abc", fraction)
 
 
 def test_missing_data_is_named(problems_folder, tmp_path):

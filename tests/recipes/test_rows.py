@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
-from recipes.rows import hold_out_fraction, load_rows, read_problems
+from recipes.rows import load_rows, read_problems
 from tests.helpers import write_jsonl
 
 TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
@@ -148,32 +148,6 @@ def test_a_task_reads_questions_alone(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", [ROWS["messages"]])
     with pytest.raises(ValueError, match="test.jsonl has messages, and a task reads question and answer"):
         read_problems(str(tmp_path / "test.jsonl"))
-
-
-# ---- what is held out by what it says ----
-
-
-def split_of(questions, fraction=0.3):
-    rows = Dataset.from_list([{"question": question, "answer": ""} for question in questions])
-    held_out = hold_out_fraction(DatasetDict({"train": rows, "test": rows}), fraction)
-    assert held_out["test"].to_list() == rows.to_list()
-    return set(held_out["train"]["question"]), set(held_out["validation"]["question"])
-
-
-def test_a_row_stays_on_its_side_whatever_is_added():
-    questions = [f"{number} + 1?" for number in range(400)]
-    train, validation = split_of(questions)
-    assert train | validation == set(questions) and not train & validation
-    assert abs(len(validation) - 0.3 * 400) < 5 * (400 * 0.3 * 0.7) ** 0.5  # five standard deviations
-    more_train, more_validation = split_of([*(f"new {n}" for n in range(100)), *reversed(questions), *questions])
-    assert train <= more_train and validation <= more_validation and not more_train & more_validation
-    assert validation < split_of(questions, 0.5)[1]
-
-
-@pytest.mark.parametrize("fraction, side", [(1e-9, "validate on"), (1 - 1e-9, "train on")])
-def test_an_empty_side_is_refused(fraction, side):
-    with pytest.raises(ValueError, match=f"leaves nothing to {side} of 3 training problems"):
-        split_of("abc", fraction)
 
 
 def test_a_format_does_not_depend_on_the_order_of_columns(load):
