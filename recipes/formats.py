@@ -96,6 +96,8 @@ def _check_svamp(place: str, row: dict[str, Any]) -> None:
 
 def _check_messages(place: str, row: dict[str, Any]) -> None:
     check_turns(f"{place}: messages", row["messages"])
+    if row["messages"][0]["role"] == "assistant":
+        raise ValueError(f"{place}: nothing asks for the first turn, the assistant's: leave it out.")
     _check_beside(place, row)
 
 

@@ -84,6 +84,7 @@ USER, ANSWER = TURNS
         ([{"messages": [{**USER, "role": "usr"}]}], "turn 1 has the role 'usr'; did you mean user"),
         ([{"messages": [{"from": "human", "value": "Hi"}]}], "turn 1 must have a role and a content, got {'from'"),
         ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "content of turn 1 must be text, got"),
+        ([{"messages": [ANSWER, USER]}], "line 1: nothing asks for the first turn, the assistant's"),
         ([{"messages": []}], "messages must be a list of turns, got \\[\\]"),
         ([{"messages": "Hi"}], "messages must be a list of turns, got 'Hi'"),
         ([ROWS["messages"], ROWS["text"]], "line 2 is of the format text, and .*line 1 of messages: a file must have"),
