@@ -114,7 +114,8 @@ class FinetuneConfig:
         dtype (`str`, *optional*): the data type of an adapter's base, as in transformers' `from_pretrained`; null is
             the one it was saved in. All weights are trained in float32.
         attn_implementation (`str`, *optional*): as in transformers' `from_pretrained`; null is the model's default.
-            With a flash attention, training batches have no padding; with others that would cost more.
+            With a flash attention, training batches have no padding; with others that would cost more, and layers
+            that carry a state would take it from one sequence into the next.
         trust_remote_code (`bool`): let the model's repository run its own code.
     """
 

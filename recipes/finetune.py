@@ -21,7 +21,6 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer, set_seed
-from transformers.utils.generic import is_flash_attention_requested
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -33,7 +32,7 @@ from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, heldout_lines, heldout_set, make_collator, prepare_data
 from recipes.examples import print_examples
 from recipes.formats import COLUMNS
-from recipes.packing import PaddingFreeCollator, check_packing, pack
+from recipes.packing import PaddingFreeCollator, check_packing, is_padding_free, pack
 from recipes.prompts import check_prompts
 from recipes.rows import read_problems
 from recipes.running import (
@@ -81,7 +80,7 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
 
     set_seed(training_args.seed)
     model = load_base(config)
-    padding_free = is_flash_attention_requested(model.config)
+    padding_free = is_padding_free(model)
     if config.packing:
         check_packing(model)
     model = wrap_model(model, config)

@@ -10,6 +10,11 @@ from transformers.utils.generic import is_flash_attention_requested
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+def is_padding_free(model: PreTrainedModel) -> bool:
+    """Whether sequences of one row are kept apart: by a flash attention, where no other layer mixes tokens."""
+    return is_flash_attention_requested(model.config) and not _layers_with_a_state(model)
+
+
 def check_packing(model: PreTrainedModel) -> None:
     """Refuse a model in which the sequences of a row would see each other, or cost what packing saves.
 
@@ -22,12 +27,17 @@ def check_packing(model: PreTrainedModel) -> None:
             f"{model.config._attn_implementation}. Set attn_implementation: flash_attention_2; or leave packing out, "
             "with training.train_sampling_strategy: group_by_length."
         )
-    others = sorted(set(getattr(model.config, "layer_types", None) or []) - ATTENTION_LAYERS)
-    if others or model._is_stateful:
+    if layers := _layers_with_a_state(model):
         raise ValueError(
-            f"packing does not fit {model.config.model_type}: its layers ({', '.join(others) or 'recurrent'}) carry "
-            "what they read from one sequence of a row into the next. Leave packing out."
+            f"packing does not fit {model.config.model_type}: its layers ({', '.join(layers)}) carry what they read "
+            "from one sequence of a row into the next. Leave packing out."
         )
+
+
+def _layers_with_a_state(model: PreTrainedModel) -> list[str]:
+    """Name the kinds of layers that are no attention and yet mix tokens, such as convolutions."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    return sorted(kinds - ATTENTION_LAYERS) or ["recurrent"] * model._is_stateful
 
 
 def pack(tokens: Dataset, max_length: int) -> Dataset:

@@ -302,7 +302,6 @@ def test_packed_rows_have_the_loss_of_their_sequences(run, monkeypatch):
     dip = {"init_noise_std": 0.0, "num_samples": 2}
     settings = {"dip": dip, "attn_implementation": "eager", "max_steps": 1, "per_device_train_batch_size": 11}
     padded = run("--set", "max_length=100", name="padded", **settings)
-    monkeypatch.setattr(finetune, "is_flash_attention_requested", lambda config: True)
     monkeypatch.setattr(packing, "is_flash_attention_requested", lambda config: True)
     shapes = []
     training_step = Trainer.training_step
@@ -325,7 +324,7 @@ def test_packed_rows_have_the_loss_of_their_sequences(run, monkeypatch):
 def test_with_flash_attention_batches_have_no_padding_and_the_same_loss(run, monkeypatch, dip):
     """Noise off. The other attention that runs here finds the sequences by their positions."""
     padded = run(name="padded", dip=dip, attn_implementation="eager")
-    monkeypatch.setattr(finetune, "is_flash_attention_requested", lambda config: True)
+    monkeypatch.setattr(packing, "is_flash_attention_requested", lambda config: True)
     shapes = []
     training_step = Trainer.training_step
 

@@ -1,12 +1,11 @@
 """Packed rows: every sequence is there once and whole, and a batch of them is that of the sequences themselves."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from datasets import Dataset
 
-from recipes.packing import PaddingFreeCollator, check_packing, pack
+from recipes.packing import PaddingFreeCollator, check_packing, is_padding_free, pack
+from tests.tiny_models import build
 
 
 def make_tokens(lengths=(5, 2, 7, 3, 1, 6, 4)):
@@ -44,19 +43,25 @@ def test_a_batch_of_packed_rows_is_that_of_their_sequences():
     assert batch["position_ids"][0].tolist() == positions
 
 
-def model_with(attention, **config):
-    config = SimpleNamespace(_attn_implementation=attention, model_type="some_model", **config)
-    return SimpleNamespace(config=config, _is_stateful=False)
+def tiny(name, attention="flash_attention_2"):
+    """A tiny model that says that it has an attention; none is run."""
+    model = build(name)
+    model.config._attn_implementation_internal = attention
+    return model
 
 
-def test_models_in_which_sequences_would_meet_are_refused():
-    check_packing(model_with("flash_attention_2", layer_types=["full_attention", "sliding_attention"]))
-    with pytest.raises(ValueError, match="packing needs a flash attention, .* this model has sdpa. Set attn"):
-        check_packing(model_with("sdpa"))
-    mixed = model_with("flash_attention_2", layer_types=["full_attention", "linear_attention"])
-    with pytest.raises(ValueError, match=r"packing does not fit some_model: its layers \(linear_attention\) carry"):
-        check_packing(mixed)
-    stateful = model_with("flash_attention_2")
-    stateful._is_stateful = True
-    with pytest.raises(ValueError, match=r"its layers \(recurrent\) carry"):
-        check_packing(stateful)
+def test_attention_alone_keeps_sequences_apart():
+    model = tiny("llama")
+    check_packing(model)
+    assert is_padding_free(model)
+    assert not is_padding_free(tiny("llama", "sdpa"))
+    with pytest.raises(ValueError, match="packing needs a flash attention, .* this model has sdpa. Set attn_implem"):
+        check_packing(tiny("llama", "sdpa"))
+
+
+@pytest.mark.parametrize("name, layers", [("lfm2", "conv"), ("mamba2", "linear_attention|recurrent")])
+def test_models_whose_layers_carry_a_state_are_refused(name, layers):
+    model = tiny(name)
+    assert not is_padding_free(model)
+    with pytest.raises(ValueError, match=rf"packing does not fit .*: its layers \({layers}\) carry what they read"):
+        check_packing(model)
