@@ -62,37 +62,32 @@ def score(
     return scores
 
 
-def task_prompts(
-    model,
-    tokenizer,
-    tasks: dict[str, str],
-    limit: int,
-    apply_chat_template: bool = False,
-    system_instruction: str | None = None,
-) -> dict[str, list[list[int]]]:
-    """The tokens that the harness would ask the first problems of each task with; see `score` for the arguments."""
-    loaded = _load_tasks(tasks, max_new_tokens=1)
-    was_training = model.training
-    lm = _make_lm(model, tokenizer, apply_chat_template)
-    model.train(was_training)
-    prompts = {}
-    for name, task in loaded["tasks"].items():
-        task.build_all_requests(
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            system_instruction=system_instruction,
-            chat_template=lm.apply_chat_template if apply_chat_template else None,
-        )
-        prompts[name] = [_encode(lm, request.args[0]) for request in task.instances]
-    return prompts
+class Prompts:
+    """The tokens that the harness would ask a model with; see `score` for the arguments."""
 
+    def __init__(self, model, tokenizer, apply_chat_template: bool = False, system_instruction: str | None = None):
+        was_training = model.training
+        self._lm = _make_lm(model, tokenizer, apply_chat_template)
+        model.train(was_training)
+        self._settings = {
+            "apply_chat_template": apply_chat_template,
+            "system_instruction": system_instruction,
+            "chat_template": self._lm.apply_chat_template if apply_chat_template else None,
+        }
 
-def chat_prompt(model, tokenizer, turns: list[dict[str, str]]) -> list[int]:
-    """The tokens that the harness would ask with after some turns, in the chat template."""
-    was_training = model.training
-    lm = _make_lm(model, tokenizer, apply_chat_template=True)
-    model.train(was_training)
-    return _encode(lm, lm.apply_chat_template(turns))
+    def of_tasks(self, tasks: dict[str, str], limit: int) -> dict[str, list[list[int]]]:
+        """Ask the first problems of each task, given with its file."""
+        loaded = _load_tasks(tasks, max_new_tokens=1)["tasks"]
+        for task in loaded.values():
+            task.build_all_requests(limit=limit, **self._settings)
+        return {name: [self._encode(request.args[0]) for request in task.instances] for name, task in loaded.items()}
+
+    def of_turns(self, turns: list[dict[str, str]]) -> list[int]:
+        """Ask after some turns, in the chat template."""
+        return self._encode(self._lm.apply_chat_template(turns))
+
+    def _encode(self, prompt: str) -> list[int]:
+        return self._lm.tok_batch_encode([prompt])[0][0].tolist()
 
 
 def _load_tasks(tasks: dict[str, str], max_new_tokens: int) -> Any:
@@ -108,10 +103,6 @@ def _make_lm(model, tokenizer, apply_chat_template: bool, batch_size: int = 1) -
     # A chat template writes the bos token itself, if there is one.
     add_bos_token = False if apply_chat_template else None
     return WritingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos_token)
-
-
-def _encode(lm: WritingLM, prompt: str) -> list[int]:
-    return lm.tok_batch_encode([prompt])[0][0].tolist()
 
 
 def _numbers(evaluated: dict, name: str) -> dict[str, float]:

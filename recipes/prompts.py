@@ -3,17 +3,16 @@
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from eval.scoring import chat_prompt, task_prompts
+from eval.scoring import Prompts
 from recipes.config import FinetuneConfig
 from recipes.data import PreparedData, heldout_lines
 from recipes.formats import is_conversation
 from recipes.rows import read_problems
-from recipes.tokens import num_prompt_tokens, tokenize
+from recipes.tokens import Chat, num_prompt_tokens, tokenize
 
 NUM_COMPARED = 4  # problems of each task, and conversations of each data set
 ADVICE = "or score with eval/run.py and set evaluation.tasks=[]."
@@ -25,45 +24,41 @@ def check_prompts(model, tokenizer: PreTrainedTokenizerBase, config: FinetuneCon
     Raises:
         ValueError: the tokens before a trained answer are not those that lm-evaluation-harness would ask with.
     """
+    system_prompt = None if data.chat is None else data.chat.system_prompt
+    prompts = Prompts(model, tokenizer, data.chat is not None, system_prompt)
     with TemporaryDirectory() as folder:
         heldout = Path(folder) / "test.jsonl"
         heldout.write_text(heldout_lines(data.rows, NUM_COMPARED), encoding="utf-8")
         tasks = {name: path or str(heldout) for name, path in config.evaluation.tasks.items()}
-        asked = task_prompts(model, tokenizer, tasks, NUM_COMPARED, **_wording(data))
-        for name, path in tasks.items():
-            trained = prompts_of(Dataset.from_list(read_problems(path)[:NUM_COMPARED]), tokenizer, data)
+        for name, asked in prompts.of_tasks(tasks, NUM_COMPARED).items():
+            problems = Dataset.from_list(read_problems(tasks[name])[:NUM_COMPARED])
             advice = f"Choose a task that asks as gsm8k_local does, {ADVICE}"
-            for asked_tokens, trained_tokens in zip(asked[name], trained, strict=True):
+            for asked_tokens, trained_tokens in zip(asked, _trained(problems, tokenizer, data.chat), strict=True):
                 _compare(tokenizer, f"The task {name}", asked_tokens, trained_tokens, advice)
     for splits in data.rows:
         if is_conversation(splits["train"]):
-            _check_conversations(model, tokenizer, splits["train"], data)
+            _check_conversations(prompts, tokenizer, splits["train"], data.chat)
 
 
-def prompts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> list[list[int]]:
+def _trained(rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat: Chat | None) -> list[list[int]]:
     """The tokens that come before the first learned one of each sequence."""
-    tokens = tokenize(rows, tokenizer, data.chat)
+    tokens = tokenize(rows, tokenizer, chat)
     return [row["input_ids"][: num_prompt_tokens(row["labels"])] for row in tokens]
 
 
-def _wording(data: PreparedData) -> dict[str, Any]:
-    return {
-        "apply_chat_template": data.chat is not None,
-        "system_instruction": None if data.chat is None else data.chat.system_prompt,
-    }
-
-
-def _check_conversations(model, tokenizer: PreTrainedTokenizerBase, rows: Dataset, data: PreparedData) -> None:
+def _check_conversations(
+    prompts: Prompts, tokenizer: PreTrainedTokenizerBase, rows: Dataset, chat: Chat | None
+) -> None:
     """Ask the question that a conversation opens with as a task would."""
-    assert data.chat is not None  # as there are conversations
+    assert chat is not None  # as there are conversations
     for number in range(min(NUM_COMPARED, len(rows))):
         row = rows[number]
         opening = list(takewhile(lambda turn: turn["role"] != "assistant", row.get("messages", row.get("prompt"))))
         if [turn["role"] for turn in opening] not in (["user"], ["system", "user"]):
             continue
-        trained = prompts_of(rows.select([number]), tokenizer, data)[0]
-        asked = chat_prompt(model, tokenizer, data.chat.ask(opening[-1]["content"]))
+        asked = prompts.of_turns(chat.ask(opening[-1]["content"]))
         advice = f"Set system_prompt to that of the conversations, {ADVICE}"
+        trained = _trained(rows.select([number]), tokenizer, chat)[0]
         _compare(tokenizer, "A task in the chat template", asked, trained, advice)
 
 
