@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = load_config(CONFIG, args.set)
     tokenizer = load_tokenizer(config)
-    _, rows, _, _ = prepare_data(config, tokenizer)
+    rows = prepare_data(config, tokenizer).train
     collate = make_collator(tokenizer)
     starts = range(0, len(rows) - BATCH_SIZE, BATCH_SIZE)
     batches = [collate([rows[start + i] for i in range(BATCH_SIZE)]) for start in starts]

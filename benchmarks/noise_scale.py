@@ -145,7 +145,7 @@ def calibrated_model(config: FinetuneConfig):
     """The configured model with DIPNet at its defaults, and the batches that it was calibrated on."""
     set_seed(config.training_arguments().seed)
     tokenizer = load_tokenizer(config)
-    _, rows, _, _ = prepare_data(config, tokenizer)
+    rows = prepare_data(config, tokenizer).train
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=model_dtype(config))
     loader = DataLoader(rows, config.training_arguments().train_batch_size, collate_fn=make_collator(tokenizer))
     batches = list(islice(loader, NUM_CALIBRATION_BATCHES))

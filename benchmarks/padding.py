@@ -23,7 +23,8 @@ if not __package__:  # run as a script: Python put benchmarks/ on the path, and 
 from benchmarks.measure import format_ratio, summarize, time_round, write_results
 from dipnet_hf import DipConfig, dip_loss, get_dip_model
 from recipes.config import load_config
-from recipes.data import make_collator, make_padding_free_collator, prepare_data
+from recipes.data import make_collator, prepare_data
+from recipes.packing import PaddingFreeCollator
 from recipes.running import load_tokenizer
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "stories260k-gsm8k-300.yaml"
@@ -43,13 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     if is_flash_attn_2_available():
         config.attn_implementation = "flash_attention_2"
     tokenizer = load_tokenizer(config)
-    _, rows, _, _ = prepare_data(config, tokenizer)
+    rows = prepare_data(config, tokenizer).train
     rows = list(rows)[: NUM_BATCHES * BATCH_SIZE]
     by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
     batches = {
         "padded": collate(rows, make_collator(tokenizer)),
         "sorted": collate(by_length, make_collator(tokenizer)),
-        "padding-free": collate(rows, make_padding_free_collator()),
+        "padding-free": collate(rows, PaddingFreeCollator()),
     }
 
     set_seed(0)

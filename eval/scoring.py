@@ -1,5 +1,7 @@
 """Scores of a model in memory on the tasks of `eval/tasks/`. The harness does the work; this file only calls it."""
 
+from typing import Any
+
 from lm_eval import evaluate
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -10,7 +12,14 @@ from eval.task_files import check_data_files, resolve_tasks
 
 
 def score(
-    model, tokenizer, tasks: dict[str, str], limit: int | None = None, batch_size: int = 64, max_new_tokens: int = 256
+    model,
+    tokenizer,
+    tasks: dict[str, str],
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 256,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a model greedily, in eval mode, by tasks that read one file; afterwards it is in its own mode again.
 
@@ -21,6 +30,8 @@ def score(
         limit (`int`, *optional*): only the first problems of each file.
         batch_size (`int`): problems generated at once.
         max_new_tokens (`int`): the longest answer.
+        apply_chat_template (`bool`): ask in the tokenizer's chat template.
+        system_instruction (`str`, *optional*): put it before the question.
 
     Returns:
         `dict`: by task, the harness's numbers, such as `exact_match,strict-match` and its standard error, `ece` by
@@ -30,23 +41,68 @@ def score(
         ValueError: there is no such task, it reads a second file, or its file is missing, empty or broken. Raised
             before any generation.
     """
-    specs = resolve_tasks(tasks, {name: {"test": path} for name, path in tasks.items()})
-    check_data_files(specs)
-    for spec in specs:
-        if "generation_kwargs" in spec:
-            spec["generation_kwargs"]["max_gen_toks"] = max_new_tokens
-    loaded = TaskManager(include_defaults=False).load(specs)
+    loaded = _load_tasks(tasks, max_new_tokens)
     was_training = model.training  # the harness puts it in eval mode
     try:
         # Not `simple_evaluate`: it sets all global seeds, and spends seconds on a description of the machine.
-        lm = WritingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        evaluated = evaluate(lm, loaded, limit=limit, log_samples=True)
+        lm = _make_lm(model, tokenizer, apply_chat_template, batch_size)
+        evaluated = evaluate(
+            lm,
+            loaded,
+            limit=limit,
+            log_samples=True,
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction,
+        )
         scores = {name: _numbers(evaluated, name) for name in evaluated["results"]}
         for name, task in loaded["tasks"].items():
             scores[name] |= _calibration_errors(lm, task, evaluated["samples"][name])
     finally:
         model.train(was_training)
     return scores
+
+
+class Prompts:
+    """The tokens that the harness would ask a model with; see `score` for the arguments."""
+
+    def __init__(self, model, tokenizer, apply_chat_template: bool = False, system_instruction: str | None = None):
+        was_training = model.training
+        self._lm = _make_lm(model, tokenizer, apply_chat_template)
+        model.train(was_training)
+        self._settings = {
+            "apply_chat_template": apply_chat_template,
+            "system_instruction": system_instruction,
+            "chat_template": self._lm.apply_chat_template if apply_chat_template else None,
+        }
+
+    def of_tasks(self, tasks: dict[str, str], limit: int) -> dict[str, list[list[int]]]:
+        """Ask the first problems of each task, given with its file."""
+        loaded = _load_tasks(tasks, max_new_tokens=1)["tasks"]
+        for task in loaded.values():
+            task.build_all_requests(limit=limit, **self._settings)
+        return {name: [self._encode(request.args[0]) for request in task.instances] for name, task in loaded.items()}
+
+    def of_turns(self, turns: list[dict[str, str]]) -> list[int]:
+        """Ask after some turns, in the chat template."""
+        return self._encode(self._lm.apply_chat_template(turns))
+
+    def _encode(self, prompt: str) -> list[int]:
+        return self._lm.tok_batch_encode([prompt])[0][0].tolist()
+
+
+def _load_tasks(tasks: dict[str, str], max_new_tokens: int) -> Any:
+    specs = resolve_tasks(tasks, {name: {"test": path} for name, path in tasks.items()})
+    check_data_files(specs)
+    for spec in specs:
+        if "generation_kwargs" in spec:
+            spec["generation_kwargs"]["max_gen_toks"] = max_new_tokens
+    return TaskManager(include_defaults=False).load(specs)
+
+
+def _make_lm(model, tokenizer, apply_chat_template: bool, batch_size: int = 1) -> WritingLM:
+    # A chat template writes the bos token itself, if there is one.
+    add_bos_token = False if apply_chat_template else None
+    return WritingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos_token)
 
 
 def _numbers(evaluated: dict, name: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ so a misspelled one stops the run before any work.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from inspect import Parameter, signature
@@ -55,24 +55,62 @@ class EvaluationConfig:
 
 
 @dataclass
+class DataSetConfig:
+    """One of the data sets of a run.
+
+    Args:
+        path (`str`): Hub id, folder or file.
+        dataset_config (`str`, *optional*): its configuration; null: its only one, `main` or `default`.
+        dataset_split (`str`): the split to train on.
+        columns (`dict`, *optional*): names of its columns to those of `recipes/formats.py`; others are left out.
+        weight (`float`, *optional*): its share in a mixture, relative to the other weights.
+    """
+
+    path: str
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    columns: dict[str, str] | None = None
+    weight: float | None = None
+
+    def __post_init__(self):
+        for name in ("path", "dataset_config", "dataset_split"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value or name == "dataset_config" and value is None):
+                raise ValueError(f"The {name} of a data set must be text, got {value!r}.")
+        if self.columns is not None and not _maps_text_to_text(self.columns):
+            raise ValueError(f"columns must be a mapping such as {{problem: question}}, got {self.columns!r}.")
+        if self.weight is not None and not (_is_number(self.weight) and 0 < self.weight < float("inf")):
+            raise ValueError(f"The weight of {self.path} must be a positive number, got {self.weight!r}.")
+
+
+@dataclass
 class FinetuneConfig:
     """One run of `recipes/finetune.py`.
 
     Args:
         model (`str`): Hub id or folder of a causal language model and its tokenizer.
-        dataset (`str`): Hub id or folder with a `train` split of `question` / `answer` rows and, for the held-out
-            figures, a `test` split.
+        dataset (`str` or `list`): Hub id, folder or file of rows in one of the formats of `recipes/formats.py`, with a
+            `test` split for the held-out figures; or a mixture, a list of the fields of `DataSetConfig`. Either all of
+            a mixture have a `weight`, or none, and then all rows are used.
         training (`dict`): any field of `transformers.TrainingArguments`; `output_dir` is required.
         weights (`dict` or `str`): how the network's own weights learn: the fields of a PEFT config with its
             `peft_type`, or `"full"`, or `"frozen"`.
         dip (`dict`, *optional*): fields of `DipConfig`; null is plain fine-tuning of the same weights.
-        dataset_config (`str`, *optional*): the dataset's configuration; null: its only one, `main` or `default`.
+        dataset_config, dataset_split, columns: of a single dataset, as in `DataSetConfig`.
+        apply_chat_template (`bool`, *optional*): put rows that are no conversations into the model's chat template,
+            as a user's turn and its answer, and score the tasks in it; null: if the rows are conversations.
+        system_prompt (`str`, *optional*): the first turn of those rows and of the tasks in a chat template.
+            Conversations bring their own.
         max_length (`int`): tokens; longer training sequences are dropped, longer held-out ones are cut.
         max_train_samples (`int`, *optional*): train on the first so many sequences that fit.
-        max_eval_samples (`int`, *optional*): hold out the first so many test problems.
+        packing (`bool`): join training sequences to rows of up to `max_length` tokens; needs a flash attention, and
+            TRL, which chooses what is joined.
+        max_eval_samples (`int`, *optional*): hold out the first so many test problems of each dataset.
         num_validation_samples (`int`, *optional*): keep the last so many training problems from training, for
             evaluation on the way (`training.eval_strategy`); null evaluates on the test problems. With
             `training.metric_for_best_model: nll` the best checkpoint is scored beside the last.
+        validation_fraction (`float`, *optional*): keep such a part of the training problems instead, chosen by what a
+            problem says: it stays on its side when others are added, and so do copies of it.
         evaluation (`EvaluationConfig`): what the trained model is scored on.
         dtype (`str`, *optional*): the data type of an adapter's base, as in transformers' `from_pretrained`; null is
             the one it was saved in. All weights are trained in float32.
@@ -80,20 +118,27 @@ class FinetuneConfig:
             `load_in_8bit: true` among them: the base of an adapter in so many bits (QLoRA). What stays unquantized is
             computed in float32, as PEFT prepares such a base.
         attn_implementation (`str`, *optional*): as in transformers' `from_pretrained`; null is the model's default.
-            With a flash attention, training batches have no padding; with others that would cost more.
+            With a flash attention, training batches have no padding; with others that would cost more, and layers
+            that carry a state would take it from one sequence into the next.
         trust_remote_code (`bool`): let the model's repository run its own code.
     """
 
     model: str
-    dataset: str
+    dataset: str | list[dict]
     training: dict
     weights: dict | str
     dip: dict | None = None
     dataset_config: str | None = None
+    dataset_split: str = "train"
+    columns: dict[str, str] | None = None
+    apply_chat_template: bool | None = None
+    system_prompt: str | None = None
     max_length: int = 512
+    packing: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     num_validation_samples: int | None = None
+    validation_fraction: float | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dtype: str | None = None
     quantization: dict | None = None
@@ -103,6 +148,7 @@ class FinetuneConfig:
     def __post_init__(self):
         for name in ("max_length", "max_train_samples", "max_eval_samples", "num_validation_samples"):
             _require_positive(name, getattr(self, name), optional=name != "max_length")
+        self._check_data()
         if "output_dir" not in self.training:
             raise ValueError("training.output_dir is not set; give the folder for the model and its results.")
         if self.dtype not in (None, *DTYPES):
@@ -111,10 +157,11 @@ class FinetuneConfig:
             raise ValueError(f"weights: full trains in float32, got dtype: {self.dtype}; use training.bf16=true.")
         if self.quantization is not None:
             self._check_quantization(self.quantization)
-        if self.training.get("metric_for_best_model") is not None and self.num_validation_samples is None:
+        has_validation = self.num_validation_samples is not None or self.validation_fraction is not None
+        if self.training.get("metric_for_best_model") is not None and not has_validation:
             raise ValueError(
                 "training.metric_for_best_model would choose the best checkpoint on the test problems that it is then "
-                "scored on; set num_validation_samples."
+                "scored on; set num_validation_samples or validation_fraction."
             )
         if self.weights == "frozen" and self.dip is None:
             raise ValueError("weights: frozen with dip: null trains nothing; give a PEFT config or full, or set dip.")
@@ -134,6 +181,39 @@ class FinetuneConfig:
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """Build the `BitsAndBytesConfig`; None for a base that is not quantized."""
         return None if self.quantization is None else BitsAndBytesConfig(**self.quantization)
+
+    def _check_data(self) -> None:
+        data_sets = self.data_sets()
+        if len({data_set.weight is None for data_set in data_sets}) > 1:
+            raise ValueError("Some data sets have a weight and some have none: give one to all of them, or to none.")
+        if len(data_sets) > 1 and self.num_validation_samples is not None:
+            raise ValueError("num_validation_samples counts problems of one dataset; set validation_fraction instead.")
+        for name, allowed in (("apply_chat_template", (True, False, None)), ("packing", (True, False))):
+            if not any(getattr(self, name) is value for value in allowed):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if self.system_prompt is not None and not isinstance(self.system_prompt, str):
+            raise ValueError(f"system_prompt must be text or null, got {self.system_prompt!r}.")
+        fraction = self.validation_fraction
+        if fraction is not None and not (_is_number(fraction) and 0 < fraction < 1):
+            raise ValueError(f"validation_fraction must be between 0 and 1, or null, got {fraction!r}.")
+        if fraction is not None and self.num_validation_samples is not None:
+            raise ValueError("num_validation_samples and validation_fraction both hold problems out: set one of them.")
+
+    def data_sets(self) -> list[DataSetConfig]:
+        """List the data sets: those of a mixture, or the only one."""
+        own = {name: getattr(self, name) for name in ("dataset_config", "dataset_split", "columns")}
+        if not isinstance(self.dataset, list):
+            return [DataSetConfig(self.dataset, **own)]
+        defaults = {item.name: item.default for item in fields(DataSetConfig)}
+        if given := [name for name, value in own.items() if value != defaults[name]]:
+            raise ValueError(f"{given[0]} is of one dataset: in a mixture, write it beside the path of each.")
+        if not self.dataset:
+            raise ValueError("dataset is an empty list: give a Hub id, a folder or a file.")
+        for values in self.dataset:
+            _check_keys("dataset", values, _field_names(DataSetConfig))
+            if "path" not in values:
+                raise ValueError(f"A data set of the mixture has no path: {values!r}.")
+        return [DataSetConfig(**values) for values in self.dataset]
 
     def peft_config(self) -> PeftConfig | str:
         """Build the PEFT config of `weights`; `"full"` and `"frozen"` stay as they are."""
@@ -326,7 +406,7 @@ def _peft_config_class(weights: dict) -> type[PeftConfig]:
     known = {peft_type.value for peft_type in PeftType}
     peft_type = weights.get("peft_type")
     if peft_type not in known:
-        raise ValueError(f"weights.peft_type is {peft_type!r}, no method of PEFT; {_did_you_mean(peft_type, known)}")
+        raise ValueError(f"weights.peft_type is {peft_type!r}, no method of PEFT; {did_you_mean(peft_type, known)}")
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
 
 
@@ -337,10 +417,11 @@ def _check_keys(section: str, given: dict, allowed: set[str]) -> None:
         raise ValueError(f"{section} must hold `key: value` lines, got {given!r}.")
     for key in given:
         if key not in allowed:
-            raise ValueError(f"Unknown key {prefix}{key}; {_did_you_mean(key, allowed, prefix)}")
+            raise ValueError(f"Unknown key {prefix}{key}; {did_you_mean(key, allowed, prefix)}")
 
 
-def _did_you_mean(given, allowed: set[str], prefix: str = "") -> str:
+def did_you_mean(given, allowed: Iterable[str], prefix: str = "") -> str:
+    """Name the nearest of the allowed names, or all of them."""
     nearest = get_close_matches(str(given), sorted(allowed), n=3, cutoff=0.4)
     names = ", ".join(prefix + name for name in nearest or sorted(allowed))
     return f"did you mean {names}?" if nearest else f"allowed are {names}."
@@ -360,6 +441,10 @@ def _require_positive(name: str, value, optional: bool) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer{' or null' if optional else ''}, got {value!r}.")
+
+
+def _maps_text_to_text(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
 
 
 def _is_number(value) -> bool:

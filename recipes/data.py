@@ -1,82 +1,72 @@
-"""Question / answer data: reading it with clear errors, and turning it into tokens with labels on the answer.
+"""The data of a run: read, tokenized, held out, mixed and collated as its configuration says.
 
-The text is that of lm-evaluation-harness' `gsm8k` task, so a model is trained on the very prompt it is scored with.
-SVAMP comes with equations in place of answers, and gets answers of the same form.
+Rows are the matter of `recipes/rows.py`, tokens of `recipes/tokens.py`, packing of `recipes/packing.py`.
 """
 
-import re
-from pathlib import Path
+import hashlib
+import json
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Value, get_dataset_config_names, load_dataset, load_dataset_builder
-from datasets.data_files import EmptyDatasetError
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
+from datasets import Dataset, DatasetDict, concatenate_datasets, interleave_datasets
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from eval.json_rows import read_rows
-from eval.task_files import check_json_file
-from recipes.config import FinetuneConfig
+from recipes.chat import IGNORED_LABEL, check_template
+from recipes.config import DataSetConfig, FinetuneConfig
+from recipes.formats import is_conversation
+from recipes.rows import load_rows
+from recipes.tokens import Chat, tokenize
 
-COLUMNS = ("question", "answer")
-SVAMP_COLUMNS = ("Body", "Question", "Equation", "Answer")
-NUM_SVAMP_TRAIN = 700  # of 1,000, the rest is for testing, as on the Hub
-IGNORED_LABEL = -100
+MIXTURE_SEED = 0  # the rows of a mixture are the same for all seeds of a run
 
 
-def load_problems(dataset: str, config_name: str | None = None) -> DatasetDict:
-    """Load the splits of a dataset of problems, from the Hub or from a folder, by `datasets.load_dataset`.
+class PreparedData(NamedTuple):
+    """What a run trains on and is measured on."""
 
-    JSON files on this machine are read as they are: the errors of `datasets` name neither their line nor their column,
-    and it takes text that looks like a date for a date. A data set with the columns of SVAMP is turned into questions
-    and answers; without a `test` split, what follows its first 700 problems is that.
+    rows: list[DatasetDict]  # of each data set, as loaded
+    train: Dataset  # tokens, as the others
+    validation: Dataset | None
+    heldout: Dataset | None  # of the `test` splits
+    counts: dict[str, int]  # of sequences in and left out
+    chat: Chat | None  # how questions are asked
+
+
+def prepare_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Load and tokenize the data sets.
 
     Raises:
-        ValueError: the folder, its files, a line, a column or the `train` split is missing or broken; or a column is
-            no text.
+        ValueError: a data set, a row or the chat template is broken or does not fit, or a split is empty.
     """
-    config_name = _choose_config(dataset, config_name)
-    data_files = load_dataset_builder(dataset, config_name).config.data_files
-    paths = [Path(path) for files in data_files.values() for path in files]
-    if all(path.suffix in (".json", ".jsonl") and path.is_file() for path in paths):
-        splits = DatasetDict({str(split): _read_split(files) for split, files in data_files.items()})
-    else:
-        splits = load_dataset(dataset, config_name)
-    if "train" not in splits:
-        raise ValueError(f"{dataset} has the splits {', '.join(splits)}, but training needs one called train.")
-    if set(SVAMP_COLUMNS) <= set(splits["train"].column_names):
-        return _from_svamp(dataset, splits)
-    for name, split in splits.items():
-        _check_columns(f"{dataset}, split {name}", split.column_names, COLUMNS)
-        for column in COLUMNS:
-            if split.features[column] not in (Value("string"), Value("large_string")):
-                raise ValueError(f"{dataset}, split {name}: {column} must be text, got {split.features[column]}.")
+    data_sets = config.data_sets()
+    rows = [_load(data_set, config) for data_set in data_sets]
+    chat = choose_chat(config, rows)
+    if chat is not None or any(is_conversation(splits["train"]) for splits in rows):
+        check_template(tokenizer)
+
+    def tokens_of(split: str) -> list[Dataset]:
+        return [tokenize(splits[split], tokenizer, chat) for splits in rows if split in splits]
+
+    train = mix(tokens_of("train"), [data_set.weight for data_set in data_sets])
+    train, num_dropped = training_set(train, config.max_length, config.max_train_samples)
+    counts = {"num_train_sequences": len(train), "num_dropped_train_sequences": num_dropped}
+    validation, heldout = tokens_of("validation"), tokens_of("test")
+    validation_set = heldout_set(concatenate_datasets(validation), config.max_length)[0] if validation else None
+    if not heldout:
+        return PreparedData(rows, train, validation_set, None, counts, chat)
+    heldout_tokens, num_cut = heldout_set(concatenate_datasets(heldout), config.max_length)
+    counts |= {"num_eval_problems": len(heldout_tokens), "num_cut_eval_problems": num_cut}
+    return PreparedData(rows, train, validation_set, heldout_tokens, counts, chat)
+
+
+def _load(data_set: DataSetConfig, config: FinetuneConfig) -> DatasetDict:
+    splits = load_rows(data_set.path, data_set.dataset_config, data_set.dataset_split, data_set.columns)
+    if config.num_validation_samples is not None:
+        splits = hold_out(splits, config.num_validation_samples)
+    if config.validation_fraction is not None:
+        splits = hold_out_fraction(splits, config.validation_fraction)
+    if config.max_eval_samples is not None and "test" in splits:
+        splits["test"] = splits["test"].select(range(min(config.max_eval_samples, len(splits["test"]))))
     return splits
-
-
-def _read_split(paths: list[str]) -> Dataset:
-    """Read JSON files of problems, or of SVAMP's, which are left as they are."""
-    rows = [row for path in paths for row in _read_rows_of_problems(path)]
-    columns = SVAMP_COLUMNS if set(SVAMP_COLUMNS) <= set(rows[0]) else COLUMNS
-    if missing := next((set(columns) - set(row) for row in rows if not set(columns) <= set(row)), None):
-        raise ValueError(f"{', '.join(paths)} mix problems of SVAMP with others: some lack {', '.join(missing)}.")
-    return Dataset.from_list([{name: str(row[name]) for name in columns} for row in rows])
-
-
-def _from_svamp(dataset: str, splits: DatasetDict) -> DatasetDict:
-    for name, split in splits.items():
-        _check_columns(f"{dataset}, split {name}", split.column_names, SVAMP_COLUMNS)
-    splits = splits.map(svamp_problem, remove_columns=splits["train"].column_names, desc="SVAMP")
-    if "test" not in splits and len(splits["train"]) > NUM_SVAMP_TRAIN:
-        whole = splits["train"]
-        splits["train"] = whole.select(range(NUM_SVAMP_TRAIN))
-        splits["test"] = whole.select(range(NUM_SVAMP_TRAIN, len(whole)))
-    return splits
-
-
-def svamp_problem(row: dict) -> dict[str, str]:
-    """Turn a problem of SVAMP into a question and an answer that reasons by its equation: `8 - 3 = 5\\n#### 5`."""
-    equation = re.sub(r"(\d)\.0\b", r"\1", str(row["Equation"])).strip()
-    equation = re.sub(r"^\( (.*) \)$", r"\1", equation)  # the outermost pair, which every equation has
-    answer = f"{float(row['Answer']):.15g}"
-    return {"question": f"{row['Body']} {row['Question']}", "answer": f"{equation} = {answer}\n#### {answer}"}
 
 
 def hold_out(problems: DatasetDict, num_samples: int) -> DatasetDict:
@@ -98,86 +88,67 @@ def hold_out(problems: DatasetDict, num_samples: int) -> DatasetDict:
     return DatasetDict({**problems, "train": train, "validation": validation})
 
 
-def read_problems(path: str) -> list[dict]:
-    """Read one JSON Lines file of problems, or one JSON array of them; those of SVAMP are turned into such.
+def hold_out_fraction(problems: DatasetDict, fraction: float) -> DatasetDict:
+    """Move a part of the training problems into `validation`, each by a hash of what it says.
+
+    Where others are added or the order changes, a problem stays where it was; copies of one are on one side.
 
     Raises:
-        ValueError: the file is missing, empty or broken; the message names its path and line.
+        ValueError: a side is empty.
     """
-    return [svamp_problem(row) if _is_svamp(row) else row for row in _read_rows_of_problems(path)]
+    rows = problems["train"]
+    chosen = [_fraction_of(row) < fraction for row in rows]
+    for side, is_empty in (("train on", all(chosen)), ("validate on", not any(chosen))):
+        if is_empty:
+            raise ValueError(
+                f"validation_fraction={fraction} leaves nothing to {side} of {len(rows)} training problems: change it."
+            )
+    train = rows.select([number for number, is_held_out in enumerate(chosen) if not is_held_out])
+    validation = rows.select([number for number, is_held_out in enumerate(chosen) if is_held_out])
+    return DatasetDict({**problems, "train": train, "validation": validation})
 
 
-def _read_rows_of_problems(path: str) -> list[dict]:
-    """Read one file as `read_problems` does, with the columns that it has."""
-    rows = read_rows(path, f"give one JSON object a line with {' and '.join(COLUMNS)}")
-    if _is_svamp(rows[0][1]):
-        check_json_file(path, {"Body": "text", "Question": "text", "Equation": "text", "Answer": "a number"})
-        return [row for _, row in rows]
-    return read_json_lines(path, COLUMNS)
+def _fraction_of(row: dict[str, Any]) -> float:
+    """A number between 0 and 1 that is the row's own; a None, where only others have something, does not count."""
+    said = json.loads(json.dumps(row), object_hook=lambda part: {k: v for k, v in part.items() if v is not None})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _is_svamp(row) -> bool:
-    return isinstance(row, dict) and set(SVAMP_COLUMNS) <= set(row)
-
-
-def read_json_lines(path: str, columns: tuple[str, ...]) -> list[dict]:
-    """Read the rows of a JSON Lines file, or of a JSON array, each with text in every one of `columns`.
+def choose_chat(config: FinetuneConfig, rows: list[DatasetDict]) -> Chat | None:
+    """Say whether questions are put into the chat template, in training and in scoring: where the rows are turns.
 
     Raises:
-        ValueError: the file is missing, empty or broken; the message names its path and line.
+        ValueError: the rows are of both kinds, or the configuration says otherwise.
     """
-    rows = read_rows(path, f"give one JSON object a line with {' and '.join(columns)}")
-    for place, row in rows:
-        _check_row(place, row, columns)
-    return [row for _, row in rows]
+    asks = [splits["train"] for splits in rows if "text" not in splits["train"].column_names]
+    of_turns = {is_conversation(train) for train in asks}
+    if config.apply_chat_template is None and len(of_turns) > 1:
+        raise ValueError(
+            "Some of the data sets are conversations and some are not: with apply_chat_template: true all of them and "
+            "the tasks are put into the chat template. Set it."
+        )
+    if config.apply_chat_template is False and True in of_turns:
+        raise ValueError("apply_chat_template: false, but rows are conversations and nothing else: leave it out.")
+    if not (config.apply_chat_template or True in of_turns):
+        if config.system_prompt is not None:
+            raise ValueError("system_prompt is for a chat template: set apply_chat_template: true, or leave it out.")
+        return None
+    return Chat(config.system_prompt)
 
 
-def prepare_data(config: FinetuneConfig, tokenizer):
-    """Load and tokenize the problems.
-
-    Returns:
-        `tuple`: the problems as loaded, the tokenized training set, the tokenized held-out set (None without a `test`
-        split), and the numbers of sequences in and left out.
-    """
-    problems = load_problems(config.dataset, config.dataset_config)
-    if config.num_validation_samples is not None:
-        problems = hold_out(problems, config.num_validation_samples)
-    train_set, num_dropped = training_set(
-        tokenize(problems["train"], tokenizer), config.max_length, config.max_train_samples
-    )
-    counts = {"num_train_sequences": len(train_set), "num_dropped_train_sequences": num_dropped}
-    if "test" not in problems:
-        return problems, train_set, None, counts
-    if config.max_eval_samples is not None:
-        num_heldout = min(config.max_eval_samples, len(problems["test"]))
-        problems["test"] = problems["test"].select(range(num_heldout))
-    eval_set, num_cut = heldout_set(tokenize(problems["test"], tokenizer), config.max_length)
-    counts |= {"num_eval_problems": len(eval_set), "num_cut_eval_problems": num_cut}
-    return problems, train_set, eval_set, counts
+def mix(tokens: list[Dataset], weights: list[float | None]) -> Dataset:
+    """Join data sets: all their rows, or by weight until one of them has no more, so that none is used twice."""
+    if len(tokens) == 1 or weights[0] is None:
+        return concatenate_datasets(tokens)
+    shares = [weight / sum(filter(None, weights)) for weight in weights if weight is not None]
+    return interleave_datasets(tokens, shares, seed=MIXTURE_SEED, stopping_strategy="first_exhausted")
 
 
-def format_prompt(question: str) -> str:
-    """Write a question as lm-evaluation-harness' `gsm8k` task does."""
-    return f"Question: {question}\nAnswer:"
-
-
-def tokenize(problems: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Turn problems into `input_ids`, `attention_mask` and `labels`, with labels on the answer and the final eos only.
-
-    Prompt and answer are tokenized as one text: a tokenizer that puts a space before every text would put one more
-    before an answer tokenized alone.
-    """
-
-    def encode(problem: dict) -> dict:
-        prompt = format_prompt(problem["question"])
-        num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
-        input_ids = tokenizer(f"{prompt} {problem['answer']}")["input_ids"]
-        if input_ids[-1] != tokenizer.eos_token_id:
-            input_ids = [*input_ids, tokenizer.eos_token_id]
-        labels = [IGNORED_LABEL] * num_prompt_tokens + input_ids[num_prompt_tokens:]
-        return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
-
-    return problems.map(encode, remove_columns=problems.column_names, desc="Tokenizing")
+def heldout_lines(rows: list[DatasetDict], max_rows: int | None = None) -> str:
+    """Write the first rows of the `test` splits as JSON Lines."""
+    heldout = chain.from_iterable(splits["test"] for splits in rows if "test" in splits)
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in islice(heldout, max_rows))
 
 
 def training_set(tokens: Dataset, max_length: int, max_samples: int | None = None) -> tuple[Dataset, int]:
@@ -213,46 +184,3 @@ def heldout_set(tokens: Dataset, max_length: int) -> tuple[Dataset, int]:
 def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Pad a batch to its longest sequence, labels with -100."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
-
-
-def make_padding_free_collator() -> DataCollatorWithFlattening:
-    """Put a batch's sequences one after the other into one row, and tell flash attention where each of them ends."""
-    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-
-
-def _choose_config(dataset: str, wanted: str | None) -> str:
-    """Find the wanted configuration of a dataset; when none is given its `main`, its `default` or its only one."""
-    looks_local = dataset.startswith((".", "/", "~")) or Path(dataset).exists()
-    if looks_local and not Path(dataset).is_dir():
-        raise ValueError(f"No dataset folder at {dataset}; give one with train.jsonl and test.jsonl, or a Hub id.")
-    if looks_local and set(str(Path(dataset).resolve())) & set("[]?*"):
-        raise ValueError(f"The library datasets takes {dataset} for a pattern: rename folders that have [ ] ? or *.")
-    try:
-        names = get_dataset_config_names(dataset)
-    except EmptyDatasetError as error:
-        raise ValueError(f"{dataset} holds no data files; put train.jsonl and test.jsonl there.") from error
-    if wanted is not None and wanted not in names:
-        raise ValueError(f"{dataset} has no configuration {wanted}; it has {', '.join(names)}.")
-    for name in (wanted, "main", "default"):
-        if name is not None and name in names:
-            return name
-    if len(names) == 1:
-        return names[0]
-    raise ValueError(f"{dataset} has the configurations {', '.join(names)}; set dataset_config to one of them.")
-
-
-def _check_row(place: str, row, columns: tuple[str, ...]) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is not a JSON object, got {row!r:.60}.")
-    _check_columns(place, row, columns)
-    for name in columns:
-        if not isinstance(row[name], str):
-            raise ValueError(f"{place}: {name} must be text, got {row[name]!r:.60}.")
-
-
-def _check_columns(place: str, names, columns: tuple[str, ...]) -> None:
-    if missing := [name for name in columns if name not in names]:
-        raise ValueError(
-            f"{place} has the columns {', '.join(names)} and lacks {', '.join(missing)}; "
-            f"rename its columns to {' and '.join(columns)}."
-        )

@@ -21,8 +21,9 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes import finetune
-from recipes.data import format_prompt, make_collator, tokenize
+from recipes.data import make_collator
 from recipes.tiny_model import tiny_llama, train_tokenizer
+from recipes.tokens import format_prompt, tokenize
 from recipes.word_problems import generate_splits
 from report import format_spreads, plot_losses, plot_noise, provenance
 

@@ -33,7 +33,8 @@ from dipnet_hf.architecture import context_length
 from dipnet_hf.batches import supervised
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
-from recipes.data import format_prompt, make_collator, prepare_data, read_json_lines
+from recipes.data import make_collator, prepare_data
+from recipes.rows import read_json_lines
 from recipes.running import (
     check_can_be_saved,
     check_output_dir,
@@ -45,6 +46,7 @@ from recipes.running import (
     train,
     write_results,
 )
+from recipes.tokens import Chat, prompt_tokens
 from report import provenance
 from report.output_folder import occupied, write_whole
 
@@ -70,16 +72,16 @@ def distil(config: DistillConfig, run: FinetuneConfig) -> None:
 
     tokenizer = load_tokenizer(run)
     with training_args.main_process_first():
-        _, train_set, heldout, counts = prepare_data(run, tokenizer)
-    if heldout is None:
+        data = prepare_data(run, tokenizer)
+    if data.heldout is None:
         raise ValueError(f"{run.dataset} has no test split to compare teacher and student on.")
-    heldout = whole(heldout, run.max_length)
+    heldout = whole(data.heldout, run.max_length)
     set_seed(training_args.seed)
     teacher = load_dip_run(config.teacher, run).to(training_args.device)
     student = make_student(teacher, config, run)
-    train_set = train_set.add_column("has_answer", [True] * len(train_set))
+    train_set = data.train.add_column("has_answer", [True] * len(data.train))
     if config.prompts is not None:
-        train_set = concatenate_datasets([train_set, answer_prompts(teacher, tokenizer, config)])
+        train_set = concatenate_datasets([train_set, answer_prompts(teacher, tokenizer, config, data.chat)])
 
     collator = make_collator(tokenizer)
     trainer = DistillTrainer(
@@ -97,7 +99,7 @@ def distil(config: DistillConfig, run: FinetuneConfig) -> None:
         return
 
     results: dict[str, Any] = {
-        "metrics": {**counts, "num_train_sequences": len(train_set), "num_steps": trainer.state.global_step},
+        "metrics": {**data.counts, "num_train_sequences": len(train_set), "num_steps": trainer.state.global_step},
         "scores": compare(teacher, student, heldout, collator, config),
         "log_history": trainer.state.log_history,
         "provenance": provenance(__file__, {**asdict(config), "teacher_config": asdict(run)}, training_args.seed),
@@ -209,20 +211,21 @@ def join(targets: list[Targets], device: torch.device) -> Targets:
     return torch.cat(log_probs).to(device), torch.cat(ids).to(device)
 
 
-def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig) -> Dataset:
+def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig, chat: Chat | None = None) -> Dataset:
     """Let the ensemble answer more questions, greedily: rows like the training set's, without a true answer."""
     assert config.prompts is not None
     questions = [row["question"] for row in read_json_lines(config.prompts, columns=("question",))]
-    check_lengths(questions, teacher, tokenizer, config)
+    prompts = [prompt_tokens(question, tokenizer, chat) for question in questions]
+    check_lengths(prompts, teacher, config)
     padding_side, tokenizer.padding_side = tokenizer.padding_side, "left"
     batch_size = max(1, config.training_arguments().per_device_eval_batch_size // config.num_samples)
     own = teacher.generation_config.eos_token_id
     eos_token_ids = {tokenizer.eos_token_id, *([] if own is None else torch.tensor([own]).flatten().tolist())}
     settings = {"eos_token_id": sorted(eos_token_ids), "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
     rows = []
-    for start in range(0, len(questions), batch_size):
-        prompts = [format_prompt(question) for question in questions[start : start + batch_size]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(teacher.device)
+    for start in range(0, len(prompts), batch_size):
+        inputs = tokenizer.pad({"input_ids": prompts[start : start + batch_size]}, return_tensors="pt")
+        inputs = inputs.to(teacher.device)
         with teacher.ensemble(config.num_samples):
             generated = teacher.generate(**inputs, max_new_tokens=config.max_new_tokens, **settings)
         prompt_length = inputs["input_ids"].shape[1]
@@ -234,14 +237,13 @@ def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig) -> Data
     return Dataset.from_list(rows)
 
 
-def check_lengths(questions: list[str], teacher: PeftModel, tokenizer, config: DistillConfig) -> None:
+def check_lengths(prompts: list[list[int]], teacher: PeftModel, config: DistillConfig) -> None:
     """Refuse a question that leaves no room for its answer, before the first one is answered."""
     context = context_length(teacher.get_base_model())
-    for number, question in enumerate(questions, start=1):
-        length = len(tokenizer(format_prompt(question))["input_ids"])
-        if context is not None and length + config.max_new_tokens > context:
+    for number, prompt in enumerate(prompts, start=1):
+        if context is not None and len(prompt) + config.max_new_tokens > context:
             raise ValueError(
-                f"{config.prompts}: question {number} has {length} tokens, which with max_new_tokens="
+                f"{config.prompts}: question {number} has {len(prompt)} tokens, which with max_new_tokens="
                 f"{config.max_new_tokens} are more than the {context} of the model's context. Leave it out, or lower "
                 "max_new_tokens."
             )

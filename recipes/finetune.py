@@ -1,7 +1,8 @@
-"""Fine-tune a causal language model on question / answer data, with DIPNet or without, and score it.
+"""Fine-tune a causal language model on questions, conversations or texts, with DIPNet or without, and score it.
 
     accelerate launch recipes/finetune.py recipes/configs/stories260k-gsm8k.yaml --set training.learning_rate=1e-4
     accelerate launch recipes/finetune.py recipes/configs/stories260k-gsm8k.yaml --dry-run
+    accelerate launch recipes/finetune.py recipes/configs/smollm2-gsm8k-chat.yaml --show-examples 3
 
 Plain `python` works too. The output folder receives the model or adapter, the tokenizer, `config.yaml`, the held-out
 problems in `data/test.jsonl` and `results.json`. `dip: null` in the configuration is plain fine-tuning of the same
@@ -10,7 +11,6 @@ again with the same configuration.
 """
 
 import argparse
-import json
 import logging
 import sys
 from dataclasses import asdict
@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer, set_seed
-from transformers.utils.generic import is_flash_attention_requested
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,14 +29,12 @@ from dipnet_hf import DipTrainer, get_dip_model
 from dipnet_hf.card import read_noise
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
-from recipes.data import (
-    heldout_set,
-    make_collator,
-    make_padding_free_collator,
-    prepare_data,
-    read_problems,
-    tokenize,
-)
+from recipes.data import PreparedData, heldout_lines, heldout_set, make_collator, prepare_data
+from recipes.examples import print_examples
+from recipes.formats import COLUMNS
+from recipes.packing import PaddingFreeCollator, check_packing, is_padding_free, pack
+from recipes.prompts import check_prompts
+from recipes.rows import read_problems
 from recipes.running import (
     check_can_be_saved,
     check_output_dir,
@@ -48,6 +45,7 @@ from recipes.running import (
     train,
     write_results,
 )
+from recipes.tokens import Chat, tokenize
 from report import format_summary, provenance
 from report.output_folder import occupied, write_whole
 
@@ -58,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dipnet_hf").setLevel(logging.INFO)  # the level of the noise
     config = load_config(args.config, args.set)
+    if args.show_examples is not None:
+        show_examples(config, args.show_examples)
+        return
     if args.dry_run:
         run(config, dry_run=True)
         return
@@ -73,51 +74,55 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
 
     tokenizer = load_tokenizer(config)
     with training_args.main_process_first():
-        problems, train_set, eval_set, counts = prepare_data(config, tokenizer)
-        validation_set = prepare_validation(config, tokenizer, problems)
-        task_sets = prepare_tasks(config, tokenizer)
+        data = prepare_data(config, tokenizer)
+        task_sets = prepare_tasks(config, tokenizer, data.chat)
+    eval_set = data.heldout
 
     set_seed(training_args.seed)
     model = load_base(config)
-    padding_free = is_flash_attention_requested(model.config)
+    padding_free = is_padding_free(model)
+    if config.packing:
+        check_packing(model)
     model = wrap_model(model, config)
 
     trainer_class = Trainer if config.dip is None else DipTrainer
     trainer = trainer_class(
         model,
         training_args,
-        data_collator=make_padding_free_collator() if padding_free else make_collator(tokenizer),
-        train_dataset=train_set,
-        eval_dataset=validation_set or eval_set,
+        data_collator=PaddingFreeCollator() if padding_free else make_collator(tokenizer),
+        train_dataset=pack(data.train, config.max_length) if config.packing else data.train,
+        eval_dataset=data.validation or eval_set,
         processing_class=tokenizer,
         preprocess_logits_for_metrics=sum_nll,
         compute_metrics=mean_nll,
     )
-    check_scoring(trainer, config, eval_set)
+    check_scoring(trainer, config, data)
+    if config.evaluation.tasks:
+        check_prompts(model, tokenizer, config, data)
     if dry_run:
-        describe(trainer, config, counts)
+        describe(trainer, config, data.counts)
         return
 
     if trainer.is_world_process_zero():
-        write_inputs(output_dir, config, problems)
+        write_inputs(output_dir, config, data)
     train(trainer, last_whole_checkpoint(output_dir))
     trainer.data_collator = make_collator(tokenizer)  # an ensemble takes padded rows
     evaluated = evaluate(trainer, eval_set)
     save_model(trainer, output_dir)
-    scores = score_model(trainer, tokenizer, config, evaluated, task_sets)
+    scores = score_model(trainer, tokenizer, config, data.chat, evaluated, task_sets)
     ensemble_scores = None
     if config.evaluation.num_samples is not None:
         k = config.evaluation.num_samples
         with model.ensemble(k):
             evaluated_mean = evaluate(trainer, eval_set, num_samples=k)
-            ensemble_scores = score_model(trainer, tokenizer, config, evaluated_mean, task_sets, k)
+            ensemble_scores = score_model(trainer, tokenizer, config, data.chat, evaluated_mean, task_sets, k)
     noise = None if config.dip is None else noise_table(model, output_dir)
     log_history = list(trainer.state.log_history)
-    best = score_best_checkpoint(trainer, tokenizer, config, eval_set, task_sets)
+    best = score_best_checkpoint(trainer, tokenizer, config, data, task_sets)
     if not trainer.is_world_process_zero():
         return
 
-    metrics = {**counts, "num_steps": trainer.state.global_step, **evaluated}
+    metrics = {**data.counts, "num_steps": trainer.state.global_step, **evaluated}
     if config.dip is not None:
         metrics["init_noise_std"] = model.init_noise_std
     results = {
@@ -142,21 +147,35 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys of the configuration"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument(
+        "--show-examples", type=positive, metavar="<n>", help="print the first n training rows with labels, and stop"
+    )
     return parser.parse_args(arguments)
 
 
-def prepare_validation(config: FinetuneConfig, tokenizer, problems: DatasetDict) -> Dataset | None:
-    """Tokenize the problems that `num_validation_samples` holds out for evaluation during training."""
-    if config.num_validation_samples is None:
-        return None
-    return heldout_set(tokenize(problems["validation"], tokenizer), config.max_length)[0]
+def positive(text: str) -> int:
+    """Read a number of the command line that is at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)  # which argparse turns into its own error
+    return number
 
 
-def prepare_tasks(config: FinetuneConfig, tokenizer) -> dict[str, Dataset]:
+def show_examples(config: FinetuneConfig, number: int) -> None:
+    """Print the first training rows as they are tokenized; nothing but the tokenizer is loaded."""
+    training_args, tokenizer = config.training_arguments(), load_tokenizer(config)
+    with training_args.main_process_first():
+        train_set = prepare_data(config, tokenizer).train
+    if training_args.process_index == 0:
+        print_examples(train_set.select(range(min(number, len(train_set)))), tokenizer)
+
+
+def prepare_tasks(config: FinetuneConfig, tokenizer, chat: Chat | None) -> dict[str, Dataset]:
     """Read and tokenize the problems of the tasks that bring a file of their own."""
     files = {name: path for name, path in config.evaluation.tasks.items() if path is not None}
     problems = {name: Dataset.from_list(read_problems(path)) for name, path in files.items()}
-    return {name: heldout_set(tokenize(rows, tokenizer), config.max_length)[0] for name, rows in problems.items()}
+    tokens = {name: tokenize(rows, tokenizer, chat) for name, rows in problems.items()}
+    return {name: heldout_set(rows, config.max_length)[0] for name, rows in tokens.items()}
 
 
 def wrap_model(model, config: FinetuneConfig):
@@ -207,12 +226,19 @@ def evaluate(trainer: Trainer, heldout, name: str = "eval", num_samples: int = 1
     return {f"eval_{metric}": metrics[f"{name}_{metric}"] for metric in ("nll", "num_tokens")}
 
 
-def check_scoring(trainer: Trainer, config: FinetuneConfig, eval_set) -> None:
+def check_scoring(trainer: Trainer, config: FinetuneConfig, data: PreparedData) -> None:
     """Refuse a scoring that could not run after the training."""
     if not config.evaluation.tasks:
         return
-    if eval_set is None and None in config.evaluation.tasks.values():
+    scores_test_split = None in config.evaluation.tasks.values()
+    if data.heldout is None and scores_test_split:
         raise ValueError(f"{config.dataset} has no test split to score on; set evaluation.tasks=[].")
+    held_out = [splits["test"].column_names for splits in data.rows if "test" in splits]
+    if scores_test_split and (others := [names for names in held_out if not set(COLUMNS) <= set(names)]):
+        raise ValueError(
+            f"The tasks read {' and '.join(COLUMNS)}, and a test split has {', '.join(others[0])}: give each task a "
+            "file of its own, evaluation.tasks={gsm8k_local: FILE}, or none, evaluation.tasks=[]."
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("A sharded model cannot generate; set evaluation.tasks=[] and score it with eval/run.py.")
 
@@ -232,19 +258,19 @@ def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:
     print(", ".join(f"{name} {value:,}" for name, value in counts.items()))
 
 
-def write_inputs(output_dir: Path, config: FinetuneConfig, problems: DatasetDict) -> None:
+def write_inputs(output_dir: Path, config: FinetuneConfig, data: PreparedData) -> None:
     """Write the resolved configuration and the held-out problems that scoring reads."""
     (output_dir / "data").mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "config.yaml", dump_config(config))
-    if "test" in problems:
-        lines = [json.dumps(problem, ensure_ascii=False) for problem in problems["test"]]
-        write_whole(output_dir / "data" / "test.jsonl", "".join(f"{line}\n" for line in lines))
+    if data.heldout is not None:
+        write_whole(output_dir / "data" / "test.jsonl", heldout_lines(data.rows))
 
 
 def score_model(
     trainer: Trainer,
     tokenizer,
     config: FinetuneConfig,
+    chat: Chat | None,
     evaluated: dict,
     task_sets: dict[str, Dataset],
     num_samples: int = 1,
@@ -252,6 +278,7 @@ def score_model(
     """Score the model on the problems of each task: by the NLL of the answers, and by generation.
 
     Args:
+        chat (`Chat`, *optional*): ask in the chat template.
         evaluated (`dict`): the NLL of the dataset's `test` split, for the tasks that read it.
         task_sets (`dict[str, Dataset]`): the tokenized problems of the other tasks.
         num_samples (`int`): rows per prompt, in an ensemble.
@@ -274,12 +301,14 @@ def score_model(
         limit=evaluation.limit,
         batch_size=max(1, evaluation.batch_size // num_samples),
         max_new_tokens=evaluation.max_new_tokens,
+        apply_chat_template=chat is not None,
+        system_instruction=None if chat is None else chat.system_prompt,
     )
     return {name: {**scores[name], **generated[name]} for name in scores}
 
 
 def score_best_checkpoint(
-    trainer: Trainer, tokenizer, config: FinetuneConfig, eval_set, task_sets: dict[str, Dataset]
+    trainer: Trainer, tokenizer, config: FinetuneConfig, data: PreparedData, task_sets: dict[str, Dataset]
 ) -> dict | None:
     """Score, as the last one was, the checkpoint that `training.metric_for_best_model` found best on the way.
 
@@ -295,8 +324,8 @@ def score_best_checkpoint(
     if not Path(checkpoint).is_dir():
         raise ValueError(f"The best checkpoint was {checkpoint}, and there is none: was the run's folder moved?")
     trainer._load_best_model()
-    evaluated = evaluate(trainer, eval_set)
-    scores = score_model(trainer, tokenizer, config, evaluated, task_sets)
+    evaluated = evaluate(trainer, data.heldout)
+    scores = score_model(trainer, tokenizer, config, data.chat, evaluated, task_sets)
     return {"step": int(checkpoint.rpartition("-")[2]), "metrics": evaluated, "scores": scores}
 
 

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{args.config} has dip: null, and a plain model has no noise: remove that.")
     set_seed(config.training_arguments().seed)
     tokenizer = load_tokenizer(config)
-    _, rows, _, _ = prepare_data(config, tokenizer)
+    rows = prepare_data(config, tokenizer).train
     batch_size = config.training_arguments().train_batch_size
     batches = list(islice(DataLoader(rows, batch_size, collate_fn=make_collator(tokenizer)), args.num_batches))
 

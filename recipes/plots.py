@@ -21,8 +21,9 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 
 from dipnet_hf import predict
 from recipes.config import FinetuneConfig, load_config
-from recipes.data import format_prompt, read_json_lines, read_problems
+from recipes.rows import read_json_lines, read_problems
 from recipes.running import load_dip_run, load_tokenizer
+from recipes.tokens import format_prompt
 from report import (
     plot_against_samples,
     plot_reliability,
@@ -131,6 +132,8 @@ def scores_of(file: str, results: dict, heldout: str | None) -> dict[str, dict]:
 def draw_tokens(args: argparse.Namespace) -> list[Path]:
     """Colour a text's tokens by the mutual information of the ensemble's predictions of them."""
     run = load_run(args.run)
+    if args.text is None and run.apply_chat_template:
+        raise ValueError(f"{args.run} was trained in a chat template, which its problems are not in; give --text.")
     text = first_problem(args.run) if args.text is None else args.text
     model, tokenizer = load_dip_run(args.run, run), load_tokenizer(run)
     tokens, nats = token_information(model, tokenizer, text, run.max_length, args.num_samples)

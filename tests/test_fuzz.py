@@ -20,7 +20,8 @@ from dipnet_hf import DipConfig, get_dip_model, uncertainty
 from dipnet_hf.config import TARGET_SITES
 from eval.json_rows import read_rows
 from recipes.config import dump_config, load_config
-from recipes.data import read_json_lines
+from recipes.formats import BESIDE_TURNS, KNOWN_COLUMNS, ROLES
+from recipes.rows import load_rows, read_json_lines
 from tests.tiny_models import build
 
 DOCUMENTED = (ValueError, TypeError)
@@ -169,6 +170,39 @@ def test_an_accepted_data_file_gives_the_rows_that_it_holds(tmp_path, rows, as_a
         return
     assert read == rows
     assert [row for _, row in read_rows(str(path), "")] == rows
+
+
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from([*ROLES, "human"]) | JSON, "content": st.text(max_size=5) | JSON},
+        optional={"tool_calls": JSON},
+    ),
+    max_size=3,
+)
+ANY_ROWS = st.lists(
+    st.dictionaries(st.sampled_from(KNOWN_COLUMNS), st.text(max_size=5) | TURNS | JSON, max_size=3)
+    | st.fixed_dictionaries({"messages": TURNS}, optional={"tools": JSON}),
+    max_size=3,
+)
+
+
+@fuzz(150)
+@given(ANY_ROWS)
+@example([{"messages": [{"role": ["user"], "content": "a"}]}])
+@example([{"messages": [{"role": "user", "content": "a", "number": 10**30}]}])
+@example([{"text": "a"}, {"text": "a", "tools": "[1]"}])
+def test_accepted_rows_are_kept_as_they_are(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    try:
+        read = load_rows(str(path))["train"]
+    except DOCUMENTED as error:
+        assert str(path) in str(error)
+        return
+    names = [name for name in read.column_names if name not in BESIDE_TURNS]
+    read = read.select_columns(names)
+    if "Equation" not in rows[0]:
+        assert read.to_list() == [{name: row.get(name) for name in names} for row in rows]
 
 
 # ---- figures ----

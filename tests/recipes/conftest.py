@@ -1,5 +1,7 @@
 """A Llama of two small layers with a tokenizer, a folder of problems, and finished DIP runs, as recipes load them."""
 
+import copy
+
 import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -25,6 +27,22 @@ def tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer):
+    """The tokenizer with the marks of turns, and ChatML for a template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    marks = ["<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks, "bos_token": "<s>", "pad_token": "</s>"})
+    tokenizer.chat_template = CHATML
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

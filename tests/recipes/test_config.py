@@ -7,7 +7,7 @@ import yaml
 from peft import LoraConfig
 
 from dipnet_hf import DipConfig
-from recipes.config import dump_config, load_config, load_distill_config
+from recipes.config import DataSetConfig, dump_config, load_config, load_distill_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -135,11 +135,34 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
         (["max_length=0"], {}, "max_length must be a positive integer, got 0"),
         (["evaluation.limit=0.5"], {}, "evaluation.limit must be a positive integer or null, got 0.5"),
         (["evaluation.tasks=gsm8k_local"], {}, "evaluation.tasks must be a list or a mapping"),
+        (["dataset=3"], {}, "path of a data set must be text, got 3"),
+        (["dataset=[]"], {}, "dataset is an empty list"),
+        (["dataset=[a]"], {}, "dataset must hold `key: value` lines, got 'a'"),
+        (["dataset=[{weights: 1}]"], {}, "Unknown key dataset.weights; did you mean dataset.weight"),
+        (["dataset=[{weight: 1}]"], {}, "has no path"),
+        (["dataset=[{path: a, weight: 0}]"], {}, "The weight of a must be a positive number, got 0"),
+        (["dataset=[{path: a, weight: 1}, {path: b}]"], {}, "Some data sets have a weight and some have none"),
+        (["dataset=[{path: a}]", "dataset_split=b"], {}, "dataset_split is of one dataset: in a mixture, write it"),
+        (["dataset=[{path: a}, {path: b}]", "num_validation_samples=3"], {}, "set validation_fraction instead"),
+        (["columns=[question]"], {}, "columns must be a mapping such as {problem: question}"),
+        (["validation_fraction=1"], {}, "validation_fraction must be between 0 and 1, or null, got 1"),
+        (["validation_fraction=.1", "num_validation_samples=3"], {}, "both hold problems out: set one"),
+        (["apply_chat_template=chatml"], {}, "apply_chat_template must be true or false, got 'chatml'"),
+        (["packing=bfd"], {}, "packing must be true or false, got 'bfd'"),
+        (["system_prompt=[a]"], {}, "system_prompt must be text or null"),
     ],
 )
 def test_mistakes_are_named(load, overrides, changes, message):
     with pytest.raises(ValueError, match=message):
         load(*overrides, **changes)
+
+
+def test_a_dataset_is_one_or_a_mixture(load):
+    single = load("dataset_split=big", "columns={problem: question}").data_sets()
+    assert single == [DataSetConfig("d", dataset_split="big", columns={"problem": "question"})]
+    mixture = load("dataset=[{path: a, weight: 3}, {path: b, weight: 0.5, dataset_split: big}]").data_sets()
+    assert mixture == [DataSetConfig("a", weight=3), DataSetConfig("b", dataset_split="big", weight=0.5)]
+    assert load("training.metric_for_best_model=nll", "validation_fraction=0.1").validation_fraction == 0.1
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -5,19 +5,22 @@ import json
 import re
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
+from recipes.config import FinetuneConfig
 from recipes.data import (
+    heldout_lines,
     heldout_set,
     hold_out,
-    load_problems,
+    hold_out_fraction,
     make_collator,
-    read_problems,
-    svamp_problem,
-    tokenize,
+    mix,
+    prepare_data,
     training_set,
 )
+from recipes.rows import load_rows, read_problems, svamp_problem
+from recipes.tokens import tokenize
 from tests.helpers import write_jsonl
 
 PROBLEM = {"question": "1 + 1?", "answer": "#### 2"}
@@ -25,7 +28,7 @@ LINE = json.dumps(PROBLEM)
 
 
 def test_a_folder_gives_its_splits(problems_folder):
-    problems = load_problems(str(problems_folder))
+    problems = load_rows(str(problems_folder))
     assert {name: len(split) for name, split in problems.items()} == {"train": 12, "test": 5}
     assert problems["train"][0] == {"question": "0 + 0?", "answer": "#### 0"}
 
@@ -51,14 +54,14 @@ def test_lines_and_arrays_read_alike(tmp_path):
 def test_broken_files_are_named_with_their_line(problems_folder, text, message):
     (problems_folder / "train.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_problems(str(problems_folder))
+        load_rows(str(problems_folder))
 
 
 def test_text_stays_text(problems_folder):
     """`datasets` would read such a column as dates."""
     write_jsonl(problems_folder / "train.jsonl", [{"question": "When?", "answer": "2020-01-01", "id": "a"}] * 2)
     (problems_folder / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + LINE.encode())  # a byte order mark
-    problems = load_problems(str(problems_folder))
+    problems = load_rows(str(problems_folder))
     assert problems["train"].to_list() == [{"question": "When?", "answer": "2020-01-01"}] * 2
     assert problems["test"].to_list() == [PROBLEM]
 
@@ -66,9 +69,9 @@ def test_text_stays_text(problems_folder):
 def test_columns_of_other_files_must_be_text(problems_folder):
     for name in ("train", "test"):
         (problems_folder / f"{name}.jsonl").unlink()
-        (problems_folder / f"{name}.csv").write_text("question,answer\nWhen?,1\n")
-    with pytest.raises(ValueError, match=r"split train: answer must be text, got Value\('int64'\)"):
-        load_problems(str(problems_folder))
+        Dataset.from_list([{"question": "When?", "answer": 1}]).to_parquet(problems_folder / f"{name}.parquet")
+    with pytest.raises(ValueError, match="split train, row 1: answer must be text, got 1"):
+        load_rows(str(problems_folder))
 
 
 def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
@@ -76,7 +79,7 @@ def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "train.jsonl", [PROBLEM])
     with pytest.raises(ValueError, match=r"takes .*run\[12\] for a pattern: rename folders"):
-        load_problems(str(tmp_path / "run[12]"))
+        load_rows(str(tmp_path / "run[12]"))
 
 
 SVAMP = {"ID": "chal-1", "Body": "A pack costs 76.", "Question": "And now?", "Type": "Sum"}
@@ -91,16 +94,16 @@ def test_svamp_reasons_by_its_equation(tmp_path):
     folder = tmp_path / "svamp"
     folder.mkdir()
     (folder / "SVAMP.json").write_text(json.dumps([SVAMP] * 705))
-    problems = load_problems(str(folder))
+    problems = load_rows(str(folder))
     assert {name: len(split) for name, split in problems.items()} == {"train": 700, "test": 5}
     assert problems["test"][4] == svamp_problem(SVAMP) == read_problems(str(folder / "SVAMP.json"))[704]
     (folder / "SVAMP.json").write_text(json.dumps([SVAMP, {**SVAMP, "Answer": "many"}]))
     with pytest.raises(ValueError, match="SVAMP.json, item 2: Answer must be a number, got 'many'"):
-        load_problems(str(folder))
+        load_rows(str(folder))
 
 
 def test_svamp_itself_is_read(shared):
-    problems = load_problems(str(shared / "data" / "svamp"))
+    problems = load_rows(str(shared / "data" / "svamp"))
     assert {name: len(split) for name, split in problems.items()} == {"train": 700, "test": 300}
     wrong = []
     for problem in [*problems["train"], *problems["test"]]:
@@ -113,7 +116,7 @@ def test_svamp_itself_is_read(shared):
 
 
 def test_validation_problems_are_the_last_of_the_training_split(problems_folder):
-    problems = load_problems(str(problems_folder))
+    problems = load_rows(str(problems_folder))
     held_out = hold_out(problems, 5)
     assert held_out["train"].to_list() == problems["train"].to_list()[:7]
     assert held_out["validation"].to_list() == problems["train"].to_list()[7:]
@@ -122,17 +125,50 @@ def test_validation_problems_are_the_last_of_the_training_split(problems_folder)
         hold_out(problems, 12)
 
 
+def split_of(questions, fraction=0.3):
+    rows = Dataset.from_list([{"question": question, "answer": ""} for question in questions])
+    held_out = hold_out_fraction(DatasetDict({"train": rows, "test": rows}), fraction)
+    assert held_out["test"].to_list() == rows.to_list()
+    return set(held_out["train"]["question"]), set(held_out["validation"]["question"])
+
+
+def test_a_row_stays_on_its_side_whatever_is_added():
+    questions = [f"{number} + 1?" for number in range(400)]
+    train, validation = split_of(questions)
+    assert train | validation == set(questions) and not train & validation
+    assert abs(len(validation) - 0.3 * 400) < 5 * (400 * 0.3 * 0.7) ** 0.5  # five standard deviations
+    more_train, more_validation = split_of([*(f"new {n}" for n in range(100)), *reversed(questions), *questions])
+    assert train <= more_train and validation <= more_validation and not more_train & more_validation
+    assert validation < split_of(questions, 0.5)[1]
+
+
+def test_a_row_stays_on_its_side_when_others_have_tools(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"{number}"}]} for number in range(50)]
+    sides = []
+    for name, more in (("few", []), ("more", [{**rows[0], "tools": [{"name": "add"}]}])):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows + more)
+        held_out = hold_out_fraction(load_rows(str(tmp_path / f"{name}.jsonl")), 0.3)["validation"]
+        sides.append({row["messages"][0]["content"] for row in held_out if row.get("tools") is None})
+    assert sides[0] == sides[1]
+
+
+@pytest.mark.parametrize("fraction, side", [(1e-9, "validate on"), (1 - 1e-9, "train on")])
+def test_an_empty_side_is_refused(fraction, side):
+    with pytest.raises(ValueError, match=f"leaves nothing to {side} of 3 training problems"):
+        split_of("abc", fraction)
+
+
 def test_missing_data_is_named(problems_folder, tmp_path):
     with pytest.raises(ValueError, match="No data file at .*nothing.jsonl"):
         read_problems(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(ValueError, match="No dataset folder at .*nowhere"):
-        load_problems(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="No dataset folder or file at .*nowhere"):
+        load_rows(str(tmp_path / "nowhere"))
     (problems_folder / "train.jsonl").unlink()
     with pytest.raises(ValueError, match="has the splits test, but training needs one called train"):
-        load_problems(str(problems_folder))
+        load_rows(str(problems_folder))
     (problems_folder / "test.jsonl").unlink()
     with pytest.raises(ValueError, match="holds no data files"):
-        load_problems(str(problems_folder))
+        load_rows(str(problems_folder))
 
 
 def write_card(folder, *config_names):
@@ -143,13 +179,13 @@ def write_card(folder, *config_names):
 
 def test_the_configuration_is_chosen_or_asked_for(problems_folder):
     write_card(problems_folder, "socratic", "main")
-    assert list(load_problems(str(problems_folder))) == ["train"]
+    assert list(load_rows(str(problems_folder))) == ["train"]
     write_card(problems_folder, "socratic", "algebraic")
     with pytest.raises(ValueError, match="configurations socratic, algebraic; set dataset_config"):
-        load_problems(str(problems_folder))
-    assert len(load_problems(str(problems_folder), "socratic")["train"]) == 12
+        load_rows(str(problems_folder))
+    assert len(load_rows(str(problems_folder), "socratic")["train"]) == 12
     with pytest.raises(ValueError, match="no configuration platonic; it has socratic, algebraic"):
-        load_problems(str(problems_folder), "platonic")
+        load_rows(str(problems_folder), "platonic")
 
 
 def test_labels_cover_the_answer_and_eos_alone(tokenizer):
@@ -173,6 +209,46 @@ def test_training_drops_what_is_too_long_and_heldout_cuts_it(tokenizer):
         training_set(tokens, 3)
 
 
+def mixture(*lengths):
+    """Data sets of one-token sequences, each of a token of its own."""
+    return [Dataset.from_dict({"input_ids": [[number]] * length}) for number, length in enumerate(lengths)]
+
+
+def test_a_mixture_has_its_weights_and_no_row_twice():
+    mixed = mix(mixture(4000, 3000), [1, 3])
+    numbers = [ids[0] for ids in mixed["input_ids"]]
+    shares = [numbers.count(number) for number in (0, 1)]
+    assert shares[1] == 3000 and shares[0] < 4000  # the second was used up first
+    assert abs(shares[1] / len(numbers) - 0.75) < 5 * (0.75 * 0.25 / len(numbers)) ** 0.5
+    assert [ids[0] for ids in mix(mixture(4000, 3000), [2, 6])["input_ids"]] == numbers
+    whole = mix(mixture(4, 3), [None, None])
+    assert [ids[0] for ids in whole["input_ids"]] == [0] * 4 + [1] * 3
+
+
+def test_a_mixture_of_formats_is_one_data_set(problems_folder, chat_tokenizer, tmp_path):
+    turns = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "Hello!"}] for n in range(9)]
+    write_jsonl(tmp_path / "turns.jsonl", [{"messages": messages} for messages in turns])
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": f"Once {number}"} for number in range(9)])
+    names = [str(problems_folder), str(tmp_path / "turns.jsonl"), str(tmp_path / "texts.jsonl")]
+    config = FinetuneConfig(
+        model="m",
+        dataset=[{"path": name} for name in names],
+        training={"output_dir": "runs/x"},
+        weights="full",
+        apply_chat_template=True,
+        validation_fraction=0.3,
+        max_eval_samples=2,
+    )
+    data = prepare_data(config, chat_tokenizer)
+    assert data.validation is not None and data.heldout is not None
+    assert len(data.train) + len(data.validation) == 12 + 9 + 9
+    assert len(data.heldout) == data.counts["num_eval_problems"] == 2
+    texts = {chat_tokenizer.decode(row["input_ids"]) for row in [*data.train, *data.validation]}
+    assert {f"Once {number}</s>" for number in range(9)} < texts
+    assert any("Answer:<|im_end|>\n<|im_start|>assistant\n#### 2<|im_end|>" in text for text in texts)
+    assert len(heldout_lines(data.rows).splitlines()) == 2 and heldout_lines(data.rows, 1).count("\n") == 1
+
+
 def test_collator_pads_labels_with_the_ignored_index(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
@@ -186,7 +262,7 @@ def test_collator_pads_labels_with_the_ignored_index(tokenizer):
 def test_gsm8k_prompt_is_the_prefix_of_its_training_sequence(shared):
     """The tokenizer puts a space before every text, which must not double that before the answer."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
-    problems = load_problems(str(shared / "data" / "gsm8k"))["test"].select(range(50))
+    problems = load_rows(str(shared / "data" / "gsm8k"))["test"].select(range(50))
     for problem, tokens in zip(problems, tokenize(problems, tokenizer), strict=True):
         prompt_ids = tokenizer(f"Question: {problem['question']}\nAnswer:")["input_ids"]
         num_ignored = tokens["labels"].count(-100)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from dipnet_hf.uncertainty import expected_calibration_error
 from recipes import distill, finetune
 from recipes.config import DistillConfig
-from recipes.data import format_prompt, make_collator, prepare_data
+from recipes.data import make_collator, prepare_data
 from recipes.running import load_base, load_dip_run, load_tokenizer
+from recipes.tokens import Chat, format_prompt
 from tests.helpers import losses, read_results, write_jsonl
 
 BOTH = pytest.mark.parametrize("weights", ["full", "lora"])
@@ -63,7 +64,8 @@ class Parts:
         self.teacher = load_dip_run(str(folder), self.run)
         self.tokenizer = load_tokenizer(self.run)
         self.collator = make_collator(self.tokenizer)
-        _, train_set, self.heldout, _ = prepare_data(self.run, self.tokenizer)
+        data = prepare_data(self.run, self.tokenizer)
+        train_set, self.heldout = data.train, data.heldout
         self.rows = train_set.add_column("has_answer", [True] * len(train_set))
 
     def config(self, **changes):
@@ -444,6 +446,17 @@ def test_the_ensemble_answers_prompts(parts, prompts):
             noise_off = student(input_ids=torch.tensor([row["input_ids"]])).logits[0, len(prompt) - 1 : -1]
         assert mean.argmax(-1).tolist() == answer, "the likeliest token of the mean, each time"
         assert noise_off.argmax(-1).tolist() != answer
+
+
+def test_prompts_of_a_run_in_a_chat_template_are_asked_in_it(parts, prompts, chat_tokenizer):
+    (path, questions), loaded, chat = prompts, parts(), Chat("Be brief.")
+    loaded.teacher.resize_token_embeddings(len(chat_tokenizer), mean_resizing=False)
+    config = loaded.config(prompts=str(path), max_new_tokens=3)
+    for question, row in zip(questions, distill.answer_prompts(loaded.teacher, chat_tokenizer, config, chat)):
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": format_prompt(question)}]
+        prompt = chat_tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][: len(prompt)] == prompt and set(row["labels"][: len(prompt)]) == {-100}
+        assert 0 < sum(label != -100 for label in row["labels"]) <= 3
 
 
 def test_a_base_without_an_eos_of_its_own_is_stopped_by_the_tokenizers(parts, prompts):

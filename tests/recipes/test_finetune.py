@@ -13,12 +13,13 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer
 
-from recipes import finetune
+from dipnet_hf.answers import WritingLM
+from recipes import finetune, packing
 from recipes.config import load_config
-from recipes.data import format_prompt
 from recipes.running import load_base
+from recipes.tokens import format_prompt
 from report.output_folder import occupied
-from tests.helpers import losses, read_results
+from tests.helpers import losses, read_results, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
@@ -237,11 +238,95 @@ def test_a_broken_line_stops_the_run_before_training(run, problems_folder, tmp_p
         run()
 
 
+@pytest.fixture
+def chat_model(model_folder, chat_tokenizer, tmp_path):
+    """The model with a chat template, and embeddings for its marks."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.resize_token_embeddings(len(chat_tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path / "chat_model")
+    chat_tokenizer.save_pretrained(tmp_path / "chat_model")
+    return tmp_path / "chat_model"
+
+
+def test_a_chat_is_trained_and_scored_in_its_template(run, chat_model, problems_folder, monkeypatch):
+    asked = []
+    generate = WritingLM.generate_until
+
+    def record(self, requests, *arguments, **options):
+        asked.extend(request.args[0] for request in requests)
+        return generate(self, requests, *arguments, **options)
+
+    monkeypatch.setattr(WritingLM, "generate_until", record)
+    turns = [
+        [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": f"{n + 1}"}] for n in range(9)
+    ]
+    rows = problems_folder / "turns.jsonl"
+    write_jsonl(rows, [{"messages": messages} for messages in turns])
+    tasks = f"evaluation={{tasks: {{gsm8k_local: {problems_folder / 'test.jsonl'}}}, max_new_tokens: 2}}"
+    settings = (f"model={chat_model}", f"dataset={rows}", "max_length=128", "validation_fraction=0.3", tasks)
+    results = read_results(run("--set", *settings, dip={"init_noise_std": 0.1}, eval_strategy="steps", eval_steps=2))
+    assert asked[0] == "<|im_start|>user\nQuestion: 12 + 12?\nAnswer:<|im_end|>\n<|im_start|>assistant\n"
+    assert results["scores"]["gsm8k_local"]["n"] == 5 and results["scores"]["gsm8k_local"]["eval_nll"] > 0
+    assert any("eval_nll" in entry for entry in results["log_history"])
+    write_jsonl(rows, [{"messages": [{"role": "system", "content": "Be brief."}, *turns[0]]}] * 9)
+    with pytest.raises(ValueError, match="would not be asked as the model is trained"):
+        run("--set", *settings, "validation_fraction=null", name="other")
+
+
+def test_conversations_are_no_problems_of_a_task(run, chat_model, tmp_path):
+    (tmp_path / "turns").mkdir()
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "turns" / f"{split}.jsonl", [{"messages": messages}])
+    settings = (f"model={chat_model}", f"dataset={tmp_path / 'turns'}", "evaluation.tasks=[gsm8k_local]")
+    with pytest.raises(ValueError, match="The tasks read question and answer, and a test split has messages"):
+        run("--set", *settings, "--dry-run")
+
+
+def test_examples_are_shown_and_nothing_is_run(run, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "load_base", lambda config: pytest.fail("loaded"))
+    folder = run("--show-examples", "2")
+    printed = capsys.readouterr().out
+    assert printed.count("tokens, ") == 2 and "[[ #### 2</s>]]" in printed and "labels: -100 x " in printed
+    assert not folder.exists()
+    with pytest.raises(SystemExit):
+        run("--show-examples", "0")
+
+
+def test_packing_is_refused_without_flash_attention(run):
+    with pytest.raises(ValueError, match="packing needs a flash attention"):
+        run("--set", "packing=true")
+
+
+def test_packed_rows_have_the_loss_of_their_sequences(run, monkeypatch):
+    """Noise off, one step over all sequences. The other attention that runs here finds them by their positions."""
+    pytest.importorskip("trl")
+    dip = {"init_noise_std": 0.0, "num_samples": 2}
+    settings = {"dip": dip, "attn_implementation": "eager", "max_steps": 1, "per_device_train_batch_size": 11}
+    padded = run("--set", "max_length=100", name="padded", **settings)
+    monkeypatch.setattr(packing, "is_flash_attention_requested", lambda config: True)
+    shapes = []
+    training_step = Trainer.training_step
+
+    def record(self, model, inputs, *arguments, **options):
+        shapes.append((len(self.train_dataset), *inputs["input_ids"].shape))
+        return training_step(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", record)
+    packed = run("--set", "packing=true", "max_length=100", name="packed", **settings)
+    ((num_rows, num_flattened, num_tokens),) = shapes
+    assert num_rows == 4 and num_flattened == 1 and num_tokens > 300  # three of eleven sequences fit into a row
+    assert losses(packed) == pytest.approx(losses(padded), rel=1e-3)
+    assert read_results(packed)["metrics"]["eval_nll"] == pytest.approx(
+        read_results(padded)["metrics"]["eval_nll"], rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("dip", [None, {"init_noise_std": 0.0, "num_samples": 2}], ids=["plain", "dip"])
 def test_with_flash_attention_batches_have_no_padding_and_the_same_loss(run, monkeypatch, dip):
     """Noise off. The other attention that runs here finds the sequences by their positions."""
     padded = run(name="padded", dip=dip, attn_implementation="eager")
-    monkeypatch.setattr(finetune, "is_flash_attention_requested", lambda config: True)
+    monkeypatch.setattr(packing, "is_flash_attention_requested", lambda config: True)
     shapes = []
     training_step = Trainer.training_step
 
