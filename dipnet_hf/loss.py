@@ -64,7 +64,7 @@ def sampled_data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[T
     inputs = expand_batch(batch, config.num_samples)
     num_samples, weight, target = config.num_samples, config.stability_loss_weight, config.stability_target
     shift = shifts_labels(tuner.model)
-    plain = shift and "shift_labels" not in batch and tuner.hidden_state_capture.probe().loss_is_plain
+    plain = shift and "shift_labels" not in batch and tuner.hidden_state_capture.probe(model).loss_is_plain
     with tuner.sampled_rows():
         if plain:
             return data_terms(model, inputs, shift, tuner.hidden_state_capture, num_samples, weight, target)
@@ -100,7 +100,7 @@ def class_outputs(model: torch.nn.Module, outputs: Any, batch: dict[str, Any]) -
     labels: Any = None
     if "labels" in batch:
         labels, shift = targets_of(batch, model_shifts)
-    probe = tuner.hidden_state_capture.probe() if model_shifts else None
+    probe = tuner.hidden_state_capture.probe(model) if model_shifts else None
     is_other_loss = probe is not None and probe.has_run and not probe.loss_is_plain
     if is_other_loss or not has_class_loss(network, logits, labels):
         raise ValueError(

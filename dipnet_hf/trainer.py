@@ -9,6 +9,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from .config import DipConfig
 from .loss import class_outputs, sampled_data_terms
 from .model import DipModel
 from .objective import stability_outputs, stability_penalty
+from .sharding import local, whole
 from .trl_trainers import TRL_TRAINERS, check_ensemble, check_trl_trainer, find_trl_trainer, model_inputs
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
@@ -74,6 +76,8 @@ class DipTrainerMixin(_Base):
         self._term_sums: torch.Tensor | None = None  # since the last log
         self._first_step_of_sums = 0
         self._run_of_sums: Any = None  # the state of the run that they belong to
+        self._sharded_calibration = ShardedCalibration()
+        self.add_callback(self._sharded_calibration)
         self.add_callback(NoiseReport())
         self._is_set_up = True
 
@@ -86,8 +90,15 @@ class DipTrainerMixin(_Base):
         return tuner
 
     def train(self, *args, **kwargs):
-        """As the base trainer's; calibrates first if the noise's scale or level is not known."""
-        if self.model_init is None and self._tuner().needs_calibration:
+        """As the base trainer's; calibrates first if the noise's scale or level is not known.
+
+        A model that is going to be sharded is calibrated when it is: before that a process may have no weights, or
+        no room for all.
+        """
+        if self.is_fsdp_enabled:
+            with self._first_batches() as batches:
+                self._sharded_calibration.batches = list(batches)
+        elif self.model_init is None and self._tuner().needs_calibration:
             self._calibrate()
         return super().train(*args, **kwargs)
 
@@ -96,21 +107,23 @@ class DipTrainerMixin(_Base):
         model = super().call_model_init(*args, **kwargs)
         if self._is_set_up:
             self.model = model.to(self.args.device) if self.place_model_on_device else model
-            if self._tuner().needs_calibration:
+            if self._tuner().needs_calibration and not self.is_fsdp_enabled:
                 self._calibrate()
         return model
 
     def _calibrate(self) -> None:
-        with (
-            self.accelerator.autocast(),
-            torch.random.fork_rng(devices=[]),
-        ):  # the training run draws what it would have drawn without this
+        with self.accelerator.autocast(), self._first_batches() as batches:
+            self._tuner().calibrate(batches)
+
+    @contextmanager
+    def _first_batches(self) -> Iterator[Iterator[Any]]:
+        """The batches for calibration; the training run draws what it would have drawn without this."""
+        with torch.random.fork_rng(devices=[]):
             # A worker process reads a copy.
             if self.args.dataloader_num_workers == 0 and _may_be_read_once(self.train_dataset):
                 self.train_dataset = _Replayed(self.train_dataset)
             loader = self.get_train_dataloader()
-            batches = itertools.islice(loader, _NUM_CALIBRATION_BATCHES)
-            self._tuner().calibrate(map(self._calibration_batch, batches))
+            yield map(self._calibration_batch, itertools.islice(loader, _NUM_CALIBRATION_BATCHES))
         # A loader that was left before its end still counts as being read.
         gradient_state = self.accelerator.gradient_state
         if any(loader is active for active in gradient_state.dataloader_references):
@@ -155,7 +168,8 @@ class DipTrainerMixin(_Base):
             is_named = any("param_names" in group for group in optimizer.param_groups)
             names = [(f"dip_logvar.{i}", logvar) for i, logvar in enumerate(left_out)]
             optimizer.add_param_group({"params": names if is_named else left_out} | own)
-        optimizer.register_step_pre_hook(lambda *_: share_level(logvars))
+        # The parameters of the moment: FSDP2 puts others in the place of those of now.
+        optimizer.register_step_pre_hook(lambda *_: share_level(self._tuner().logvars()))
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -198,7 +212,7 @@ class DipTrainerMixin(_Base):
         tuner = self._tuner()
         if not shifts_labels(tuner.model) or adds_router_loss(tuner.model):
             return False
-        return tuner.hidden_state_capture.probe().loss_is_plain
+        return tuner.hidden_state_capture.probe(self.model).loss_is_plain
 
     def _own_terms(
         self, model, inputs: dict[str, Any], num_items_in_batch
@@ -282,6 +296,19 @@ class DipTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             self._tuner().active_dip_config.update_model_card(str(self.args.output_dir))
+
+
+class ShardedCalibration(TrainerCallback):
+    """Calibrates a model that FSDP2 has sharded, on the batches that it was given before."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """See the class; a checkpoint that the run resumes from was calibrated."""
+        if self.batches and model.base_model.needs_calibration:
+            model.base_model.calibrate(self.batches, wrapped=model)
+        self.batches = []
 
 
 class NoiseReport(TrainerCallback):
@@ -379,7 +406,7 @@ def share_level(logvars: list[torch.nn.Parameter]) -> None:
     """
     for logvar in logvars:
         if logvar.grad is not None and logvar.numel() > 1:
-            logvar.grad += logvar.grad.mean() * logvar.numel() ** 0.5
+            local(logvar.grad).add_(whole(logvar.grad).mean() * logvar.numel() ** 0.5)
 
 
 class DipTrainer(DipTrainerMixin, Trainer):

@@ -146,21 +146,22 @@ def test_a_step_takes_what_channels_share(rows, tmp_path):
 
 def test_an_optimizer_of_ones_own_is_left_as_it_is(rows, tmp_path):
     model = dip_model(calibration=[collate(list(rows))])
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in learned]
     gradients = []
 
     class Spy(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
-            gradients.extend(parameter.grad.clone() for parameter in model.parameters())
+            gradients.extend(parameter.grad.clone() for parameter in learned)
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)  # it decays nothing, so nothing is warned of
+    optimizer = torch.optim.SGD(learned, lr=0.5)  # it decays nothing, so nothing is warned of
     trainer_class = partial(DipTrainer, optimizers=(optimizer, None))
     trainer = make_trainer(model, rows, tmp_path, trainer_class, max_steps=1, lr_scheduler_type="constant")
     trainer.add_callback(Spy())
     trainer.train()
     (group,) = optimizer.param_groups
     assert group["lr"] == 0.5 and len(group["params"]) == len(before)
-    for parameter, start, gradient in zip(model.parameters(), before, gradients, strict=True):
+    for parameter, start, gradient in zip(learned, before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), start - 0.5 * gradient)  # no level is shared
 
 
