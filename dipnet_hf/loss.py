@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .architecture import has_class_loss, own_loss, router_loss_weight, shifts_labels
 from .batches import expand_batch, num_supervised, supervised, targets_of
@@ -41,7 +42,16 @@ class NoisyModel(Protocol):
 
 
 def unwrap(model: Any) -> NoisyModel:
-    """The model from `get_dip_model` within a wrapper of DDP or `torch.compile`; it forwards what its tuner has."""
+    """The model from `get_dip_model` within a wrapper of DDP or `torch.compile`; it forwards what its tuner has.
+
+    Raises:
+        ValueError: FSDP1 has wrapped it.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(
+            "FSDP1 (FullyShardedDataParallel) is not supported: it flattens the log-variances into pieces, of which "
+            "the prior cannot be computed. Use FSDP2, torch.distributed.fsdp.fully_shard."
+        )
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
@@ -123,7 +133,7 @@ def dip_loss(
     """Compute the objective of a model's active DIP adapter on one batch, in one forward of S times its rows.
 
     Args:
-        model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP or `torch.compile`.
+        model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP or `torch.compile`, or sharded by FSDP2.
         batch (`dict`): model inputs with `labels` as the model takes them: of shape `(B, L)`, -100 where unsupervised,
             `(B,)` for classes, or others of the model's own loss.
         num_items_in_batch (`int` or scalar tensor, *optional*): supervised labels in the whole optimizer step. Give it

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -176,6 +177,11 @@ class DipModel(BaseTuner):
         if getattr(self.model, "_tp_size", None) not in (None, 1):
             raise ValueError(
                 "Tensor parallelism is not supported: its ranks would draw different noise for one token."
+            )
+        if getattr(self.model, "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                "The model was loaded with a distributed_config, whose processes may share a row (expert and tensor "
+                "parallelism) and draw different noise for it. Load it without, and let accelerate shard it by FSDP2."
             )
 
     def _prepare_adapter_config(self, peft_config: DipConfig, model_config: dict) -> DipConfig:
@@ -494,6 +500,15 @@ class DipModel(BaseTuner):
             return self.sampling(seed=0) if on else self.deterministic()
 
         return CalibrationLoss(self.model, batches, self.hidden_state_capture, noise, wrapped or self.model)
+
+    def load_calibration(self, path: str) -> None:
+        """Take what calibration found from the file of a saved adapter, and leave everything else."""
+        with safe_open(path, framework="pt") as file:
+            for projection in self._active_projections():
+                prefix = f"base_model.model.{projection.site.name}.dip_projection."
+                projection.restore_calibration(
+                    file.get_tensor(f"{prefix}dip_scale"), file.get_tensor(f"{prefix}dip_init_std")
+                )
 
     @property
     def needs_calibration(self) -> bool:

@@ -187,8 +187,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
             from_host (`bool`): the hook on the site's module calls, not a module that runs whatever it holds.
 
         Raises:
-            ValueError: noise is on but calibration has not found it yet; the input is not as wide as the site; or
-                another than the hook calls.
+            ValueError: noise is on but calibration has not found it yet, or accelerate has offloaded it; the input is
+                not as wide as the site; or another than the hook calls.
         """
         if not from_host:
             raise ValueError(
@@ -214,6 +214,12 @@ class DipProjection(nn.Module, BaseTunerLayer):
                 f"The noise of site '{self.site.name}' was never calibrated. Call model.calibrate(batches) with a few "
                 "labelled training batches first (DipTrainer does it by itself), or give a number as init_noise_std "
                 'together with noise_scale="absolute".'
+            )
+        if self.dip_logvar[adapter].is_meta:
+            raise ValueError(
+                f"The noise of site '{self.site.name}' is offloaded, and accelerate brings back what a module's own "
+                "forward pass needs alone. Give cpu_offload, disk_offload or dispatch_model "
+                'preload_module_classes=["DipProjection"].'
             )
         logvar, scale = self.dip_logvar[adapter].to(x.device), self.dip_scale[adapter].to(x.device)
         return draw.project(x, logvar, scale, self.site.channel_dim)
@@ -245,6 +251,13 @@ class DipProjection(nn.Module, BaseTunerLayer):
             if std is not None:
                 self.dip_init_std[adapter].fill_(std)
                 self.dip_logvar[adapter].fill_(2 * math.log(std))
+        self.note_calibration()
+
+    def restore_calibration(self, scale: torch.Tensor, init_std: torch.Tensor) -> None:
+        """Set what calibration found for the active adapter, and leave its variances."""
+        with torch.no_grad():
+            fill(self.dip_scale[str(self.adapter)], scale)
+            fill(self.dip_init_std[str(self.adapter)], init_std)
         self.note_calibration()
 
     def noise_state(self) -> list[torch.Tensor]:

@@ -7,12 +7,15 @@ stability term.
 import itertools
 import logging
 import operator
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
@@ -46,7 +49,8 @@ class DipTrainerMixin(_Base):
 
     Raises:
         TypeError: the model has no DIP adapter.
-        ValueError: a trainer of TRL that does not work with noise, or not with this config; or no adapter is active.
+        ValueError: a trainer of TRL that does not work with noise, or not with this config; no adapter is active; or
+            the model is split among processes in a way that is not supported (FSDP2, DDP and ZeRO-1 and 2 are).
     """
 
     _is_set_up = False
@@ -73,6 +77,7 @@ class DipTrainerMixin(_Base):
                 f"DataParallel over {self.args.n_gpu} GPUs is not supported: start one process a GPU with "
                 "`accelerate launch` or `torchrun`."
             )
+        check_strategy(self.accelerator)
         self._term_sums: torch.Tensor | None = None  # since the last log
         self._first_step_of_sums = 0
         self._run_of_sums: Any = None  # the state of the run that they belong to
@@ -110,6 +115,13 @@ class DipTrainerMixin(_Base):
             if self._tuner().needs_calibration and not self.is_fsdp_enabled:
                 self._calibrate()
         return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        """As the base trainer's; FSDP2's part of a checkpoint lacks what does not learn, such as the noise's scale."""
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        adapter = os.path.join(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME)
+        if self.is_fsdp_enabled and os.path.isfile(adapter):
+            self._tuner().load_calibration(adapter)
 
     def _calibrate(self) -> None:
         with self.accelerator.autocast(), self._first_batches() as batches:
@@ -323,6 +335,30 @@ class NoiseReport(TrainerCallback):
             "Noise at %d sites, %s to %s: std %.3g (%s), %d per row; prior of weight %.3g around %s",
             *(len(rows), rows[0]["name"], rows[-1]["name"], mean, config.noise_scale),
             *(config.num_samples, config.prior_weight, prior_std),
+        )
+
+
+def check_strategy(accelerator: Any) -> None:
+    """Refuse ways to split a model among processes that the objective is not right on."""
+    state = accelerator.state
+    if getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+        raise ValueError(
+            "FSDP1 is not supported: it flattens the log-variances into pieces, of which the prior cannot be "
+            "computed. Set fsdp_version: 2 in accelerate's configuration, or fsdp_config={'version': 2}."
+        )
+    if getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 0) == 3:
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 is not supported: outside of the layers' forward pass it leaves no log-variances to "
+            "compute the prior of. Use FSDP2, which shards as much, or ZeRO-1 or 2."
+        )
+    if state.distributed_type == DistributedType.MEGATRON_LM:
+        raise ValueError("Megatron-LM is not supported: it runs layers of its own, without noise. Use FSDP2.")
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    names = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+    if given := [f"{name}={size}" for name in names if (size := getattr(parallelism, name, 1)) > 1]:
+        raise ValueError(
+            f"{' and '.join(given)} of parallelism_config: {', '.join(names.values())} parallelism are not supported, "
+            "as processes that share a row would draw different noise for it. Use dp_shard_size and dp_replicate_size."
         )
 
 

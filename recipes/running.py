@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -95,6 +97,17 @@ def _is_whole(checkpoint: Path) -> bool:
     return (checkpoint / "trainer_state.json").is_file() and all(map(zipfile.is_zipfile, pickled))
 
 
+def warn_of_other_processes(checkpoint: str, num_processes: int) -> None:
+    """Warn if the checkpoint's run had another number of processes, each of which has saved its random state."""
+    states = [path.stem for path in Path(checkpoint).glob("rng_state*.pth")]
+    saved = max((1 if state == "rng_state" else int(state.rpartition("_")[2]) + 1 for state in states), default=None)
+    if saved not in (None, num_processes):
+        logger.warning(
+            f"{checkpoint} was saved by a run of {saved} process(es) and is resumed by {num_processes}: its steps "
+            f"have another number of rows and another noise now. Start {saved} to go on as it would have."
+        )
+
+
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, from a checkpoint if there is one.
 
@@ -102,6 +115,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     transformers 5.23 would train a step more.
     """
     if checkpoint is not None:
+        warn_of_other_processes(checkpoint, trainer.args.world_size)
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(checkpoint)
@@ -119,10 +133,24 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         ) from error
 
 
+@contextmanager
+def whole_weights(trainer: Trainer) -> Iterator[None]:
+    """Context in which the Trainer saves a model that FSDP has sharded in one file, whatever its checkpoints are."""
+    if not trainer.is_fsdp_enabled:
+        yield
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    of_checkpoints = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    yield
+    plugin.set_state_dict_type(of_checkpoints)
+
+
 def save_model(trainer: Trainer, output_dir: Path) -> None:
     """Save the trained model and its tokenizer beside their final names, and rename them when all are whole."""
     beside = output_dir / "model.partial"
-    trainer.save_model(str(beside))
+    with whole_weights(trainer):
+        trainer.save_model(str(beside))
     if trainer.is_world_process_zero():
         for path in beside.iterdir():
             os.replace(path, output_dir / path.name)

@@ -5,19 +5,21 @@ import types
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, cpu_offload, disk_offload
+from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
 
 from dipnet_hf import dip_loss
 from dipnet_hf.sharding import fill, is_sharded, local, whole
-from dipnet_hf.trainer import share_level
+from dipnet_hf.trainer import check_strategy, share_level
 from tests.helpers import (
     WEIGHTS,
     collate,
@@ -28,6 +30,7 @@ from tests.helpers import (
     make_trainer,
     record,
     run_in_two_processes,
+    trained_model,
 )
 from tests.tiny_models import build_with_outliers
 
@@ -261,3 +264,57 @@ def test_a_sharded_model_is_calibrated_as_a_whole_one(runs):
     for before, after in zip(first["before"], first["after"], strict=True):
         assert before.pop("name") == after.pop("name")
         assert after == pytest.approx(before, rel=1e-5)
+
+
+# ---- what is refused ----
+
+
+def test_a_model_that_fsdp1_has_flattened_is_refused():
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # needs a group of processes
+    with pytest.raises(ValueError, match="FSDP1 .* is not supported.*fully_shard"):
+        dip_loss(wrapped, collate(list(make_rows())))
+
+
+def test_a_model_that_transformers_has_split_is_refused(monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_is_distributed_loading_by_transformers", True)
+    with pytest.raises(ValueError, match="loaded with a distributed_config"):
+        dip_model()
+
+
+STRATEGIES = {
+    "FSDP1 is not supported.*Set fsdp_version: 2": {"fsdp_plugin": types.SimpleNamespace(fsdp_version=1)},
+    "ZeRO-3 is not supported.*Use FSDP2": {"deepspeed_plugin": types.SimpleNamespace(zero_stage=3)},
+    "Megatron-LM is not supported": {"distributed_type": DistributedType.MEGATRON_LM},
+    "tp_size=2 and cp_size=4 of parallelism_config": {
+        "parallelism_config": types.SimpleNamespace(tp_size=2, cp_size=4, sp_size=1)
+    },
+    None: {
+        "fsdp_plugin": types.SimpleNamespace(fsdp_version=2),
+        "deepspeed_plugin": types.SimpleNamespace(zero_stage=2),
+        "parallelism_config": types.SimpleNamespace(tp_size=1, cp_size=1, sp_size=1, dp_shard_size=8),
+    },
+}
+
+
+@pytest.mark.parametrize("message", STRATEGIES)
+def test_a_strategy_on_which_the_objective_is_not_right_is_refused(message):
+    state = types.SimpleNamespace(**{"distributed_type": DistributedType.FSDP} | STRATEGIES[message])
+    accelerator = types.SimpleNamespace(state=state, parallelism_config=getattr(state, "parallelism_config", None))
+    refusal = contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with refusal:
+        check_strategy(accelerator)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_offloaded_models_noise_is_brought_back_or_refused(place, tmp_path):
+    model = trained_model()
+    expected, noisy = logits(model), logits(model, seed=3)
+    folder = {"offload_dir": str(tmp_path)} if place == "disk" else {}
+    offload = disk_offload if folder else cpu_offload
+    offload(model, **folder, execution_device="cpu", preload_module_classes=["DipProjection"])
+    assert torch.equal(logits(model), expected) and torch.equal(logits(model, seed=3), noisy)
+
+    model = offload(trained_model(), **folder, execution_device="cpu")
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match=r"offloaded.*preload_module_classes=\[\"DipProjection\"\]"):
+        logits(model, seed=3)

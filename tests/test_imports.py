@@ -67,14 +67,15 @@ TABLE = {
     "model": Row(
         ours="architecture calibration calibration_loss config contexts draws ensemble generation hidden_states "
         "late_expansion layout noise objective passes projection sharding sites weights",
-        others="peft torch transformers",
+        others="peft safetensors torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),
     # What uses it.
     "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
     "trl_trainers": Row(ours="batches config"),
     "trainer": Row(
-        ours="architecture batches config loss model objective sharding trl_trainers", others="torch transformers"
+        ours="architecture batches config loss model objective sharding trl_trainers",
+        others="accelerate peft torch transformers",
     ),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "answers": Row(others="lm_eval torch"),

@@ -11,7 +11,7 @@ from peft.optimizers import create_lorafa_optimizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from dipnet_hf import DipTrainer, DipTrainerMixin, dip_loss
-from dipnet_hf.trainer import share_level
+from dipnet_hf.trainer import ShardedCalibration, share_level
 from tests.helpers import (
     HasALossOfItsOwn,
     collate,
@@ -546,3 +546,26 @@ def test_a_model_whose_adapter_was_deleted_is_refused(rows, tmp_path):
     model.delete_adapter("default")
     with pytest.raises(ValueError, match="last DIP adapter was deleted"):
         make_trainer(model, rows, tmp_path)
+
+
+def test_a_model_that_will_be_sharded_is_calibrated_when_training_begins(rows):
+    batch = collate(list(rows))
+    model, expected = dip_model(), dip_model(calibration=[batch])
+    calibration = ShardedCalibration()
+    calibration.on_train_begin(None, None, None, model)  # the model needs none, or there is nothing to do it on
+    assert model.needs_calibration
+    calibration.batches = [batch]
+    calibration.on_train_begin(None, None, None, model)
+    assert model.noise_summary() == expected.noise_summary() and calibration.batches == []
+
+
+def test_the_scale_is_resumed_where_fsdp_leaves_it_out(rows, tmp_path, monkeypatch):
+    saved = dip_model(calibration=[collate(list(rows))])
+    saved.save_pretrained(tmp_path)
+    trainer = make_trainer(dip_model(), rows, tmp_path)
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *args: None)
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert trainer.model.needs_calibration
+    trainer.is_fsdp_enabled = True
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert trainer.model.noise_summary() == saved.noise_summary()

@@ -1,13 +1,16 @@
 """Checkpoints of which a killed process left a part, and a model that is saved whole."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
+from torch.distributed.fsdp import StateDictType
 from transformers import TrainerState
 
-from recipes.running import last_whole_checkpoint, train
+from recipes.running import last_whole_checkpoint, save_model, train, warn_of_other_processes
 
 
 def save_checkpoint(folder, step):
@@ -57,3 +60,38 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path):
         train(Full("basic_ios::clear: iostream error"), None)
     with pytest.raises(RuntimeError, match="another"):
         train(Full("another"), None)
+
+
+def test_another_number_of_processes_is_warned_of(tmp_path, caplog):
+    checkpoint = save_checkpoint(tmp_path, 4)
+    warn_of_other_processes(str(checkpoint), 1)
+    assert not caplog.text
+    warn_of_other_processes(str(checkpoint), 2)
+    assert "saved by a run of 1 process(es) and is resumed by 2" in caplog.text
+    (checkpoint / "rng_state.pth").unlink()
+    for rank in range(4):
+        (checkpoint / f"rng_state_{rank}.pth").touch()
+    caplog.clear()
+    warn_of_other_processes(str(checkpoint), 4)
+    assert not caplog.text
+    warn_of_other_processes(str(checkpoint), 2)
+    assert "saved by a run of 4 process(es)" in caplog.text
+
+
+def test_a_sharded_model_is_saved_whole_after_checkpoints_in_parts(tmp_path):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+
+    def save(folder):
+        assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+        Path(folder).mkdir()
+        (Path(folder) / "adapter_model.safetensors").touch()
+
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=True,
+        save_model=save,
+        is_world_process_zero=lambda: True,
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), wait_for_everyone=lambda: None),
+    )
+    save_model(trainer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_model.safetensors"]
+    assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
