@@ -31,6 +31,25 @@ def check_output_dir(output_dir: Path, config: FinetuneConfig | DistillConfig) -
         )
 
 
+def check_devices() -> None:
+    """Refuse a launch that accelerate would carry out otherwise than it says, and without a word."""
+    num_processes, num_devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not num_devices
+    if num_processes > num_devices and not on_cpu:
+        raise ValueError(
+            f"{num_processes} processes were started on this machine, and it has {num_devices} device(s), which they "
+            f"would share. Give accelerate launch --num_processes {num_devices} times the number of machines, or run "
+            "on the CPU with ACCELERATE_USE_CPU=true."
+        )
+    strategies = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    for variable, strategy in strategies.items():
+        if on_cpu and os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"The launch asks for {strategy}, which accelerate leaves out on a CPU: every process would hold the "
+                "whole model. Run it on GPUs, or start without it (recipes/accelerate/single.yaml, or torchrun)."
+            )
+
+
 def load_tokenizer(config: FinetuneConfig):
     """Load the tokenizer; one without a pad token pads with eos."""
     if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
