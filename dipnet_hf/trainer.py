@@ -180,8 +180,12 @@ class DipTrainerMixin(_Base):
             is_named = any("param_names" in group for group in optimizer.param_groups)
             names = [(f"dip_logvar.{i}", logvar) for i, logvar in enumerate(left_out)]
             optimizer.add_param_group({"params": names if is_named else left_out} | own)
-        # The parameters of the moment: FSDP2 puts others in the place of those of now.
-        optimizer.register_step_pre_hook(lambda *_: share_level(self._tuner().logvars()))
+        if self.is_deepspeed_enabled:  # its ZeRO takes the gradients away before the optimizer's step
+            for logvar in logvars:
+                logvar.register_hook(lambda gradient: gradient + shared_level(gradient))
+        else:
+            # The parameters of the moment: FSDP2 puts others in the place of those of now.
+            optimizer.register_step_pre_hook(lambda *_: share_level(self._tuner().logvars()))
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -441,8 +445,13 @@ def share_level(logvars: list[torch.nn.Parameter]) -> None:
         logvars (`list`): parameters of shape `(D,)`, one per site; those without a gradient are passed over.
     """
     for logvar in logvars:
-        if logvar.grad is not None and logvar.numel() > 1:
-            local(logvar.grad).add_(whole(logvar.grad).mean() * logvar.numel() ** 0.5)
+        if logvar.grad is not None:
+            local(logvar.grad).add_(shared_level(whole(logvar.grad)))
+
+
+def shared_level(gradient: torch.Tensor) -> torch.Tensor:
+    """What `share_level` adds to a gradient of shape `(D,)`: a scalar, and linear, so gradients may add up later."""
+    return gradient.mean() * gradient.numel() ** 0.5 * (gradient.numel() > 1)
 
 
 class DipTrainer(DipTrainerMixin, Trainer):

@@ -150,17 +150,18 @@ SHARDED = {
 def sharded_results(case, sharded, rank):
     """The terms, gradients and noise of a step of two batches, whose gradients are reduced once; and the logits."""
     shard_model, config = case
-    model = make_model(True, noise_scale="absolute", **config).train()
+    # A prior around another level has a gradient from the beginning.
+    model = make_model(True, noise_scale="absolute", prior_std=0.1, prior_weight=1.0, **config).train()
     outputs = record(model, ["base_model.model"], at_output=True)["base_model.model"]
     wrapped = shard_model(model) if sharded else DistributedDataParallel(model)
-    rows, losses = list(make_rows()), []
+    rows, losses = list(make_rows()), []  # fewer in one process
     for step in range(2):
         is_last = step == 1
         if sharded:
             wrapped.set_requires_gradient_sync(is_last)
         with contextlib.nullcontext() if sharded or is_last else wrapped.no_sync():
             torch.manual_seed(step)
-            losses.append(dip_loss(wrapped, collate(rows[8 * rank + 4 * step :][:4]), num_items_in_batch=70))
+            losses.append(dip_loss(wrapped, collate(rows[8 * rank + 4 * step :][: 4 - rank]), num_items_in_batch=70))
             losses[-1].loss.backward()
     found = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
     share_level(model.logvars())

@@ -569,3 +569,15 @@ def test_the_scale_is_resumed_where_fsdp_leaves_it_out(rows, tmp_path, monkeypat
     trainer.is_fsdp_enabled = True
     trainer._load_from_checkpoint(str(tmp_path))
     assert trainer.model.noise_summary() == saved.noise_summary()
+
+
+def test_the_level_is_shared_by_the_gradients_where_zero_takes_them_away(rows, tmp_path):
+    trainer = make_trainer(dip_model(calibration=[collate(list(rows))]), rows, tmp_path, optim="sgd")
+    trainer.is_deepspeed_enabled = True
+    optimizer = trainer.create_optimizer()
+    logvar = trainer.model.logvars()[0]
+    weights = torch.arange(float(len(logvar)))
+    for _ in range(2):  # gradients of two batches add up
+        (logvar * weights).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(logvar.grad, 2 * (weights + weights.mean() * len(logvar) ** 0.5))
