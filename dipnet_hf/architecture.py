@@ -8,13 +8,13 @@ import inspect
 import itertools
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import (
     LOSS_MAPPING,
@@ -369,9 +369,11 @@ def recomputes_without_hooks(model: nn.Module, layers: list[nn.Module]) -> bool:
 
 
 def plain_head(model: Any) -> nn.Linear | None:
-    """The output head, if it is a linear layer and nothing else: no adapter, not quantized, not sharded."""
+    """The output head, if it is a linear layer and nothing else: no adapter, not quantized, not offloaded."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) is not nn.Linear or head._forward_hooks or not is_whole(head.weight):
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or not has_data(head.weight):
+        return None
+    if not all(hook.__module__.startswith("torch.distributed.fsdp") for hook in head._forward_hooks.values()):
         return None
     return head if head.weight.shape == (head.out_features, head.in_features) else None
 
@@ -395,24 +397,29 @@ def output_head(model: Any, head: nn.Linear) -> OutputHead:
 class ModelProbe(NamedTuple):
     """What one forward pass of a few tokens tells of a model."""
 
-    has_run: bool = False  # a sharded model is not asked
+    has_run: bool = False  # a model whose weights are elsewhere is not asked
     logits_are_plain: bool = False  # `output_head` gives the model's logits
     # The model's own loss, apart from the load-balancing one, is the shifted cross entropy, averaged over the tokens.
     loss_is_plain: bool = False
 
 
-def probe(model: Any, head: nn.Linear | None) -> ModelProbe:
+def probe(model: Any, head: nn.Linear | None, run: Callable[..., Any]) -> ModelProbe:
     """Run the model on a few tokens, and compare its logits and its loss with the plain ones.
 
     Args:
         model (`nn.Module`): a network that takes tokens, without noise.
         head (`nn.Linear`, *optional*): its `plain_head`.
+        run (`Callable`): calls the network; where that is sharded, with all processes at once.
     """
     embedding: Any = getattr(input_embedding(model), "weight", None)
-    if not isinstance(embedding, torch.Tensor) or embedding.dim() != 2 or not is_whole(embedding):
+    if not isinstance(embedding, torch.Tensor) or embedding.dim() != 2 or not has_data(embedding):
         return ModelProbe()
-    inputs: list[torch.Tensor] = []
-    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    ours: list[torch.Tensor] = []
+
+    def compute_logits(module: nn.Linear, args: tuple) -> None:
+        ours.append(output_head(model, module).logits(args[0].to(module.weight.device)))
+
+    hook = None if head is None else head.register_forward_pre_hook(compute_logits)
     ids = torch.arange(min(len(embedding), _NUM_PROBED), device=embedding.device)
     labels = ids.square() % len(ids)  # neither the next token nor the same one
     try:
@@ -422,10 +429,7 @@ def probe(model: Any, head: nn.Linear | None) -> ModelProbe:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # a reentrant checkpoint asks for gradients
-            outputs = model(input_ids=ids[None], labels=labels[None])
-            ours = None
-            if head is not None and len(inputs) == 1:
-                ours = output_head(model, head).logits(inputs[0].to(head.weight.device))
+            outputs = run(input_ids=ids[None], labels=labels[None])
     finally:
         if hook is not None:
             hook.remove()
@@ -434,12 +438,16 @@ def probe(model: Any, head: nn.Linear | None) -> ModelProbe:
         own_loss(model, outputs),
     )
     plain_loss = F.cross_entropy(logits[0, :-1], labels[1:].to(logits.device))
-    tolerance = 1e-4 if outputs.logits.dtype in (torch.float32, torch.float64) else 1e-2
     return ModelProbe(
         has_run=True,
-        logits_are_plain=ours is not None and _are_close(ours.to(logits), logits, tolerance),
-        loss_is_plain=loss is not None and _are_close(loss.to(plain_loss), plain_loss, 1e-5),
+        logits_are_plain=len(ours) == 1 and _are_close(ours[0].to(logits), logits, _tolerance(outputs.logits, 1e-4)),
+        loss_is_plain=loss is not None and _are_close(loss.to(plain_loss), plain_loss, _tolerance(loss, 1e-5)),
     )
+
+
+def _tolerance(output: torch.Tensor, of_float32: float) -> float:
+    """The relative tolerance of what a model gives out; FSDP2 may round its loss to a half precision too."""
+    return of_float32 if output.dtype in (torch.float32, torch.float64) else 1e-2
 
 
 def _are_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
@@ -447,9 +455,9 @@ def _are_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     return bool(torch.isfinite(b).all()) and torch.allclose(a, b, rtol=tolerance, atol=1e-5)
 
 
-def is_whole(weight: torch.Tensor) -> bool:
-    """Whether a weight is all here: not on the meta device, not sharded over processes."""
-    return not weight.is_meta and weight.numel() > 0 and not isinstance(weight, DTensor)
+def has_data(weight: torch.Tensor) -> bool:
+    """Whether a weight is in this process, all or its shard of FSDP2: not on the meta device, not taken by ZeRO-3."""
+    return not weight.is_meta and weight.numel() > 0
 
 
 def shifts_labels(model: Any) -> bool:

@@ -17,6 +17,7 @@ from .batches import IGNORE_INDEX, num_supervised
 from .data_loss import data_terms, run
 from .hidden_states import HiddenStateCapture
 from .scale import num_processes
+from .sharding import reshard
 
 _TOKENS_DRAWN_AT_ONCE = 256  # their probabilities take 268 MB at a vocabulary of 262,144
 
@@ -29,6 +30,7 @@ class CalibrationLoss:
         batches (`list`): those of the calibration; only used to find out whether there are labels.
         capture (`HiddenStateCapture`): of the network.
         noise (`Callable`): `noise(on)` gives a context with noise on or off; the draws are the same every time.
+        wrapped (`nn.Module`): what the network is called through; itself, unless it is sharded.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class CalibrationLoss:
         batches: list,
         capture: HiddenStateCapture,
         noise: Callable[[bool], AbstractContextManager[None]],
+        wrapped: nn.Module,
     ) -> None:
         for batch in batches:
             if not isinstance(batch, (Mapping, torch.Tensor)):
@@ -45,12 +48,13 @@ class CalibrationLoss:
                     "among them. One batch alone is given as [batch]."
                 )
         self._model: Any = model
+        self._run: Any = wrapped
         self._capture = capture
         self._noise = noise
         self._shifts = shifts_labels(model)
         has_labels = any(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches)
         # Probed here already: the probe runs the model, and calibration observes what runs later.
-        self._is_plain = has_labels and self._shifts and capture.probe().loss_is_plain
+        self._is_plain = has_labels and self._shifts and capture.probe(wrapped).loss_is_plain
 
     def mean(self, batches: Iterable, noise: bool) -> float | None:
         """The loss in nats per supervised token; None if there is no such token."""
@@ -59,6 +63,7 @@ class CalibrationLoss:
         with self._noise(noise):
             for batch in batches:
                 total += self._sum(send_to_device(batch, device))
+        reshard(self._run)
         if num_processes() > 1:
             total = total.to(device)
             torch.distributed.all_reduce(total)
@@ -67,17 +72,17 @@ class CalibrationLoss:
     def _sum(self, batch: Any) -> torch.Tensor:
         """The sum of a batch's loss over its supervised tokens, and their number; zeros if the model gives no loss."""
         if isinstance(batch, torch.Tensor):
-            self._model(batch)
+            self._run(batch)
             return torch.zeros(2)
         labels = batch.get("labels")
         if labels is None or "labels" not in inspect.signature(self._model.forward).parameters:
-            outputs = self._model(**{name: value for name, value in batch.items() if name != "labels"})
+            outputs = self._run(**{name: value for name, value in batch.items() if name != "labels"})
             loss = getattr(outputs, "loss", None)  # from labels with another name
             return torch.zeros(2) if loss is None else torch.tensor([float(loss), 1.0])
         if self._is_plain and "shift_labels" not in batch:
-            terms, _ = data_terms(self._model, batch, self._shifts, self._capture)
+            terms, _ = data_terms(self._run, batch, self._shifts, self._capture)
             return torch.tensor([float(terms.nll), terms.num_tokens])
-        loss = getattr(self._model(**batch), "loss", None)
+        loss = getattr(self._run(**batch), "loss", None)
         num_items = num_supervised(labels, self._shifts)
         if loss is None or not num_items:
             return torch.zeros(2)
@@ -97,7 +102,7 @@ class CalibrationLoss:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with self._noise(False):
             inputs = send_to_device(inputs, next(self._model.parameters()).device)
-            predictions = run(self._model, inputs, self._shifts, self._capture, labels.shape)
+            predictions = run(self._run, inputs, self._shifts, self._capture, labels.shape)
         states = predictions.states
         if states is None or states.shape[:-1] != labels.shape or states.shape[-1] == 1:
             return batch

@@ -12,6 +12,7 @@ from torch import nn
 from .architecture import ModelProbe, output_head, plain_head, probe
 from .chunked_loss import OutputHead
 from .contexts import PerThread
+from .sharding import is_sharded, whole
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Captured(PerThread):
     """What a thread has captured, and whether it captures."""
 
     wanted: bool = False
-    states: tuple[torch.Tensor, OutputHead] | None = None
+    states: tuple[torch.Tensor, OutputHead, nn.Linear] | None = None
 
 
 class HiddenStateCapture:
@@ -41,10 +42,10 @@ class HiddenStateCapture:
         """In this context's forward pass, in this thread, capture the hidden states of shape `(*rows_and_length, D)`.
 
         Nothing is captured, and the logits are complete, if the head is not a plain linear layer (it has an adapter,
-        is quantized or sharded), if the model is compiled, or if its logits are not the head's plain output.
+        is quantized or offloaded), if the model is compiled, or if its logits are not the head's plain output.
         """
         head = plain_head(self._model)
-        if head is None or not self._probe(head).logits_are_plain:
+        if head is None or not self.probe().logits_are_plain:
             yield
             return
 
@@ -53,7 +54,7 @@ class HiddenStateCapture:
                 return None
             if self._captured.states is not None:
                 return None
-            self._captured.states = args[0].to(module.weight.device), output_head(self._model, module)
+            self._captured.states = args[0].to(module.weight.device), output_head(self._model, module), module
             return (args[0][:, :0], *args[1:])
 
         hook = head.register_forward_pre_hook(capture)
@@ -66,22 +67,31 @@ class HiddenStateCapture:
 
     def pop(self) -> tuple[torch.Tensor, OutputHead] | None:
         """Take the hidden states, of shape `(rows, L, D)`, and their head; None if nothing was captured."""
-        states, self._captured.states = self._captured.states, None
-        return states
+        captured, self._captured.states = self._captured.states, None
+        if captured is None:
+            return None
+        states, head, module = captured
+        # FSDP2 may have let go of the weight that the forward pass has used.
+        bias_V = None if module.bias is None else whole(module.bias)
+        return states, head._replace(weight_VD=whole(module.weight), bias_V=bias_V)
 
-    def probe(self) -> ModelProbe:
+    def probe(self, wrapped: Callable[..., Any] | None = None) -> ModelProbe:
         """What a forward pass of a few tokens tells about the model. It runs once, and again if the model has changed.
 
         Warns if the head is a plain linear layer but the logits are not its plain output.
-        """
-        return self._probe(plain_head(self._model))
 
-    def _probe(self, head: nn.Linear | None) -> ModelProbe:
+        Args:
+            wrapped (`Callable`, *optional*): what calls a model that is sharded; without it that is not run.
+        """
+        head = plain_head(self._model)
         # What may be replaced between two forward passes: the head's computation and the model's loss function.
         state = None if head is None else head.forward, vars(self._model).get("_loss_function")
         if self._probed is None or self._probed[0] != state:
+            run = wrapped if is_sharded(self._model) else self._model
+            if run is None:
+                return ModelProbe()
             with self._without_noise():
-                found = probe(self._model, head)
+                found = probe(self._model, head, run)
             self._probed = state, found
             if found.has_run and head is not None and not found.logits_are_plain:
                 warnings.warn(

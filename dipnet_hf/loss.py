@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .architecture import has_class_loss, own_loss, router_loss_weight, shifts_labels
 from .batches import expand_batch, num_supervised, supervised, targets_of
@@ -41,7 +42,16 @@ class NoisyModel(Protocol):
 
 
 def unwrap(model: Any) -> NoisyModel:
-    """The model from `get_dip_model` within a wrapper of DDP or `torch.compile`; it forwards what its tuner has."""
+    """The model from `get_dip_model` within a wrapper of DDP or `torch.compile`; it forwards what its tuner has.
+
+    Raises:
+        ValueError: FSDP1 has wrapped it.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(
+            "FSDP1 (FullyShardedDataParallel) is not supported: it flattens the log-variances into pieces, of which "
+            "the prior cannot be computed. Use FSDP2, torch.distributed.fsdp.fully_shard."
+        )
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
@@ -64,7 +74,7 @@ def sampled_data_terms(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[T
     inputs = expand_batch(batch, config.num_samples)
     num_samples, weight, target = config.num_samples, config.stability_loss_weight, config.stability_target
     shift = shifts_labels(tuner.model)
-    plain = shift and "shift_labels" not in batch and tuner.hidden_state_capture.probe().loss_is_plain
+    plain = shift and "shift_labels" not in batch and tuner.hidden_state_capture.probe(model).loss_is_plain
     with tuner.sampled_rows():
         if plain:
             return data_terms(model, inputs, shift, tuner.hidden_state_capture, num_samples, weight, target)
@@ -100,7 +110,7 @@ def class_outputs(model: torch.nn.Module, outputs: Any, batch: dict[str, Any]) -
     labels: Any = None
     if "labels" in batch:
         labels, shift = targets_of(batch, model_shifts)
-    probe = tuner.hidden_state_capture.probe() if model_shifts else None
+    probe = tuner.hidden_state_capture.probe(model) if model_shifts else None
     is_other_loss = probe is not None and probe.has_run and not probe.loss_is_plain
     if is_other_loss or not has_class_loss(network, logits, labels):
         raise ValueError(
@@ -123,7 +133,7 @@ def dip_loss(
     """Compute the objective of a model's active DIP adapter on one batch, in one forward of S times its rows.
 
     Args:
-        model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP or `torch.compile`.
+        model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP or `torch.compile`, or sharded by FSDP2.
         batch (`dict`): model inputs with `labels` as the model takes them: of shape `(B, L)`, -100 where unsupervised,
             `(B,)` for classes, or others of the model's own loss.
         num_items_in_batch (`int` or scalar tensor, *optional*): supervised labels in the whole optimizer step. Give it

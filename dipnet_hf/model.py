@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ from .layout import TokenDims
 from .noise import KeySource
 from .passes import FreshPass, Pass
 from .projection import DipProjection
+from .sharding import is_sharded, whole
 from .sites import find_sites
 from .weights import (
     check_fits,
@@ -164,6 +166,9 @@ class DipModel(BaseTuner):
         self._projections = [module for module in model.modules() if isinstance(module, DipProjection)]
         if config.weights == "full" and not config.inference_mode:
             model.requires_grad_(True)
+            for projection in self._projections:  # what calibration finds is not learned
+                projection.dip_scale.requires_grad_(False)
+                projection.dip_init_std.requires_grad_(False)
 
     def _check_new_adapter_config(self, config: DipConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -172,6 +177,11 @@ class DipModel(BaseTuner):
         if getattr(self.model, "_tp_size", None) not in (None, 1):
             raise ValueError(
                 "Tensor parallelism is not supported: its ranks would draw different noise for one token."
+            )
+        if getattr(self.model, "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                "The model was loaded with a distributed_config, whose processes may share a row (expert and tensor "
+                "parallelism) and draw different noise for it. Load it without, and let accelerate shard it by FSDP2."
             )
 
     def _prepare_adapter_config(self, peft_config: DipConfig, model_config: dict) -> DipConfig:
@@ -406,7 +416,7 @@ class DipModel(BaseTuner):
         with self._noisy_adapter.set_to(self.active_adapters[0]), self._pass.set_to(fresh):
             yield
 
-    def calibrate(self, batches: Iterable) -> None:
+    def calibrate(self, batches: Iterable, wrapped: nn.Module | None = None) -> None:
         """Find the noise that fits this model: its scale, and with `init_noise_std="auto"` its level.
 
         A channel's scale is 1.4826 times the median absolute deviation of the site's input over a random sample of up
@@ -419,11 +429,14 @@ class DipModel(BaseTuner):
             batches (`Iterable`): model inputs with `labels` (a number as `init_noise_std` needs none): mappings, or
                 single tensors. A few: all are used and kept meanwhile. Each process may bring its own, but each must
                 call this.
+            wrapped (`nn.Module`, *optional*): the module that `fully_shard` was called on last, if FSDP2 has sharded
+                the model; it runs through that alone.
 
         Raises:
-            ValueError: noise is disabled or in an ensemble; there is no batch, a site never ran, its input is not
-                finite or of another width, or all its channels are constant; the loss is not finite; with `"auto"`,
-                there are no labels, or no noise raises the loss so far. The adapter is then as it was before.
+            ValueError: noise is disabled or in an ensemble; the model is sharded and `wrapped` was not given; there is
+                no batch, a site never ran, its input is not finite or of another width, or all its channels are
+                constant; the loss is not finite; with `"auto"`, there are no labels, or no noise raises the loss so
+                far. The adapter is then as it was before.
             TypeError: a batch is neither a mapping nor a tensor.
         """
         self._check_calibration()
@@ -433,10 +446,16 @@ class DipModel(BaseTuner):
             self.active_dip_config,
             self._active_projections(),
             batches,
-            self._calibration_loss(batches),
+            self._calibration_loss(batches, wrapped),
         )
 
-    def noise_sweep(self, batches: Iterable, stds: Sequence[float], per_site: bool = True) -> list[dict[str, Any]]:
+    def noise_sweep(
+        self,
+        batches: Iterable,
+        stds: Sequence[float],
+        per_site: bool = True,
+        wrapped: nn.Module | None = None,
+    ) -> list[dict[str, Any]]:
         """Measure the loss by the level of the noise, at all sites together and at each alone; nothing is changed.
 
         Args:
@@ -444,6 +463,7 @@ class DipModel(BaseTuner):
                 process must call this.
             stds (`Sequence[float]`): positive, in units of the scale, which is known from `calibrate`.
             per_site (`bool`): at each site alone too.
+            wrapped (`nn.Module`, *optional*): see `calibrate`.
 
         Returns:
             `list[dict]`: rows of `site` (its name, or `"all"`), `std` and `loss`, in nats per supervised token. The
@@ -458,7 +478,7 @@ class DipModel(BaseTuner):
             raise ValueError("noise_sweep needs the scale of the noise: call model.calibrate(batches) first.")
         batches = list(batches)
         return noise_sweep(
-            self.model, self._active_projections(), batches, stds, per_site, self._calibration_loss(batches)
+            self.model, self._active_projections(), batches, stds, per_site, self._calibration_loss(batches, wrapped)
         )
 
     def _check_calibration(self) -> None:
@@ -469,11 +489,26 @@ class DipModel(BaseTuner):
             )
         self._check_no_ensemble()
 
-    def _calibration_loss(self, batches: list) -> CalibrationLoss:
+    def _calibration_loss(self, batches: list, wrapped: nn.Module | None) -> CalibrationLoss:
+        if wrapped is None and is_sharded(self.model):
+            raise ValueError(
+                "FSDP2 has sharded this model, which runs only through the module that fully_shard was called on "
+                "last: give that as wrapped=..., or calibrate before the model is sharded."
+            )
+
         def noise(on: bool) -> contextlib.AbstractContextManager[None]:
             return self.sampling(seed=0) if on else self.deterministic()
 
-        return CalibrationLoss(self.model, batches, self.hidden_state_capture, noise)
+        return CalibrationLoss(self.model, batches, self.hidden_state_capture, noise, wrapped or self.model)
+
+    def load_calibration(self, path: str) -> None:
+        """Take what calibration found from the file of a saved adapter, and leave everything else."""
+        with safe_open(path, framework="pt") as file:
+            for projection in self._active_projections():
+                prefix = f"base_model.model.{projection.site.name}.dip_projection."
+                projection.restore_calibration(
+                    file.get_tensor(f"{prefix}dip_scale"), file.get_tensor(f"{prefix}dip_init_std")
+                )
 
     @property
     def needs_calibration(self) -> bool:
@@ -494,8 +529,8 @@ class DipModel(BaseTuner):
         """
         rows = []
         for projection in self._active_projections():
-            std = torch.exp(projection.logvar.detach() / 2)
-            row = {"name": projection.site.name, "scale": float(projection.scale.median())}
+            std = torch.exp(whole(projection.logvar.detach()) / 2)
+            row = {"name": projection.site.name, "scale": float(whole(projection.scale).median())}
             rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
         return rows
 
@@ -518,7 +553,8 @@ class DipModel(BaseTuner):
             )
         # Zero variance has no prior: its logarithm is infinite, and it never learns.
         alpha, beta = objective.kl_weights(prior_std, config.prior_weight) if prior_std else (0.0, 0.0)
-        return objective.prior_loss(self.logvars(), alpha, beta, config.prior_reduction)
+        logvars = [whole(logvar) for logvar in self.logvars()]
+        return objective.prior_loss(logvars, alpha, beta, config.prior_reduction)
 
     # ---- save, load, merge ----
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -18,6 +17,7 @@ from .config import DipConfig
 from .contexts import ContextValue, PerThread
 from .draws import RecomputeMemory, SiteDraw
 from .layout import TokenDims
+from .sharding import fill, whole
 
 
 class Site(NamedTuple):
@@ -45,7 +45,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
 
     Every adapter has a `dip_logvar` (float32, whatever the model's dtype: small steps of it vanish in bfloat16), a
     `dip_scale`, one value per channel of the site, and `dip_init_std`, the standard deviation at which its variances
-    began. They are NaN as long as calibration has to find them.
+    began. They are NaN as long as calibration has to find them. The latter two do not learn. They are parameters all
+    the same, because FSDP2 can shard, and load from one process, nothing else.
     """
 
     adapter_layer_names = ("dip_logvar",)
@@ -65,8 +66,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
         self.noisy_adapter = noisy_adapter  # if there is one, the others have no noise
         self.memory = memory
         self.dip_logvar = nn.ParameterDict()
-        self.dip_scale = BufferDict({}, persistent=True)
-        self.dip_init_std = BufferDict({}, persistent=True)
+        self.dip_scale = nn.ParameterDict()
+        self.dip_init_std = nn.ParameterDict()
         self._init_stds: dict[str, float] = {}  # NaN where an adapter is not calibrated
         self._use = SiteUse()  # not attributes of the module, which are slow to set
         self.observer: Callable[[torch.Tensor], None] | None = None  # is shown the site's inputs by calibration
@@ -82,18 +83,18 @@ class DipProjection(nn.Module, BaseTunerLayer):
         """
         size = self.site.num_channels if config.granularity == "channel" else 1
         if copied is not None:
-            std, scale = self.dip_init_std[copied].clone(), self.dip_scale[copied].clone()
+            std, scale = self.dip_init_std[copied].detach().clone(), self.dip_scale[copied].detach().clone()
         else:
             level_is_known = not isinstance(config.init_noise_std, str)
             level = config.init_noise_std if level_is_known else torch.nan
-            std = torch.tensor(level, dtype=torch.float32, device=device)
+            std = torch.tensor([level], dtype=torch.float32, device=device)
             scale_is_known = config.noise_scale == "absolute" and level_is_known
             scale = torch.full(
                 (self.site.num_channels,), 1.0 if scale_is_known else torch.nan, dtype=torch.float32, device=device
             )
         self.dip_logvar[adapter_name] = nn.Parameter(2 * torch.log(std.expand(size)))
-        self.dip_scale[adapter_name] = scale
-        self.dip_init_std[adapter_name] = std
+        self.dip_scale[adapter_name] = nn.Parameter(scale, requires_grad=False)
+        self.dip_init_std[adapter_name] = nn.Parameter(std, requires_grad=False)
         self.note_calibration()
 
     def attach(self, module: nn.Module) -> None:
@@ -149,7 +150,7 @@ class DipProjection(nn.Module, BaseTunerLayer):
     @property
     def level_is_known(self) -> bool:
         """Whether the active adapter's variances have a value: given as a number, found by calibration, or loaded."""
-        return bool(torch.isfinite(self.dip_init_std[str(self.adapter)]))
+        return math.isfinite(whole(self.dip_init_std[str(self.adapter)]))
 
     @property
     def calibrated(self) -> bool:
@@ -186,8 +187,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
             from_host (`bool`): the hook on the site's module calls, not a module that runs whatever it holds.
 
         Raises:
-            ValueError: noise is on but calibration has not found it yet; the input is not as wide as the site; or
-                another than the hook calls.
+            ValueError: noise is on but calibration has not found it yet, or accelerate has offloaded it; the input is
+                not as wide as the site; or another than the hook calls.
         """
         if not from_host:
             raise ValueError(
@@ -213,6 +214,12 @@ class DipProjection(nn.Module, BaseTunerLayer):
                 f"The noise of site '{self.site.name}' was never calibrated. Call model.calibrate(batches) with a few "
                 "labelled training batches first (DipTrainer does it by itself), or give a number as init_noise_std "
                 'together with noise_scale="absolute".'
+            )
+        if self.dip_logvar[adapter].is_meta:
+            raise ValueError(
+                f"The noise of site '{self.site.name}' is offloaded, and accelerate brings back what a module's own "
+                "forward pass needs alone. Give cpu_offload, disk_offload or dispatch_model "
+                'preload_module_classes=["DipProjection"].'
             )
         logvar, scale = self.dip_logvar[adapter].to(x.device), self.dip_scale[adapter].to(x.device)
         return draw.project(x, logvar, scale, self.site.channel_dim)
@@ -240,10 +247,17 @@ class DipProjection(nn.Module, BaseTunerLayer):
         adapter = str(self.adapter)
         with torch.no_grad():
             if scale is not None:
-                self.dip_scale[adapter].copy_(scale)
+                fill(self.dip_scale[adapter], scale)
             if std is not None:
                 self.dip_init_std[adapter].fill_(std)
                 self.dip_logvar[adapter].fill_(2 * math.log(std))
+        self.note_calibration()
+
+    def restore_calibration(self, scale: torch.Tensor, init_std: torch.Tensor) -> None:
+        """Set what calibration found for the active adapter, and leave its variances."""
+        with torch.no_grad():
+            fill(self.dip_scale[str(self.adapter)], scale)
+            fill(self.dip_init_std[str(self.adapter)], init_std)
         self.note_calibration()
 
     def noise_state(self) -> list[torch.Tensor]:
@@ -264,8 +278,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
     def note_calibration(self) -> None:
         """Remember whose noise is known, so that a forward pass need not wait for the device to tell."""
         for adapter, scale in self.dip_scale.items():
-            known = not scale.is_meta and bool(torch.isfinite(scale).all())
-            self._init_stds[adapter] = float(self.dip_init_std[adapter]) if known else math.nan
+            known = not scale.is_meta and bool(torch.isfinite(whole(scale)).all())
+            self._init_stds[adapter] = float(whole(self.dip_init_std[adapter])) if known else math.nan
 
     def _apply(self, fn, recurse=True):
         # A cast of the model (`.to(torch.bfloat16)`, `.half()`) moves logvar and scale but keeps them float32.

@@ -7,11 +7,15 @@ stability term.
 import itertools
 import logging
 import operator
+import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
@@ -21,6 +25,7 @@ from .config import DipConfig
 from .loss import class_outputs, sampled_data_terms
 from .model import DipModel
 from .objective import stability_outputs, stability_penalty
+from .sharding import local, whole
 from .trl_trainers import TRL_TRAINERS, check_ensemble, check_trl_trainer, find_trl_trainer, model_inputs
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
@@ -44,7 +49,8 @@ class DipTrainerMixin(_Base):
 
     Raises:
         TypeError: the model has no DIP adapter.
-        ValueError: a trainer of TRL that does not work with noise, or not with this config; or no adapter is active.
+        ValueError: a trainer of TRL that does not work with noise, or not with this config; no adapter is active; or
+            the model is split among processes in a way that is not supported (FSDP2, DDP and ZeRO-1 and 2 are).
     """
 
     _is_set_up = False
@@ -71,9 +77,12 @@ class DipTrainerMixin(_Base):
                 f"DataParallel over {self.args.n_gpu} GPUs is not supported: start one process a GPU with "
                 "`accelerate launch` or `torchrun`."
             )
+        check_strategy(self.accelerator)
         self._term_sums: torch.Tensor | None = None  # since the last log
         self._first_step_of_sums = 0
         self._run_of_sums: Any = None  # the state of the run that they belong to
+        self._sharded_calibration = ShardedCalibration()
+        self.add_callback(self._sharded_calibration)
         self.add_callback(NoiseReport())
         self._is_set_up = True
 
@@ -86,8 +95,15 @@ class DipTrainerMixin(_Base):
         return tuner
 
     def train(self, *args, **kwargs):
-        """As the base trainer's; calibrates first if the noise's scale or level is not known."""
-        if self.model_init is None and self._tuner().needs_calibration:
+        """As the base trainer's; calibrates first if the noise's scale or level is not known.
+
+        A model that is going to be sharded is calibrated when it is: before that a process may have no weights, or
+        no room for all.
+        """
+        if self.is_fsdp_enabled:
+            with self._first_batches() as batches:
+                self._sharded_calibration.batches = list(batches)
+        elif self.model_init is None and self._tuner().needs_calibration:
             self._calibrate()
         return super().train(*args, **kwargs)
 
@@ -96,21 +112,30 @@ class DipTrainerMixin(_Base):
         model = super().call_model_init(*args, **kwargs)
         if self._is_set_up:
             self.model = model.to(self.args.device) if self.place_model_on_device else model
-            if self._tuner().needs_calibration:
+            if self._tuner().needs_calibration and not self.is_fsdp_enabled:
                 self._calibrate()
         return model
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        """As the base trainer's; FSDP2's part of a checkpoint lacks what does not learn, such as the noise's scale."""
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        adapter = os.path.join(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME)
+        if self.is_fsdp_enabled and os.path.isfile(adapter):
+            self._tuner().load_calibration(adapter)
+
     def _calibrate(self) -> None:
-        with (
-            self.accelerator.autocast(),
-            torch.random.fork_rng(devices=[]),
-        ):  # the training run draws what it would have drawn without this
+        with self.accelerator.autocast(), self._first_batches() as batches:
+            self._tuner().calibrate(batches)
+
+    @contextmanager
+    def _first_batches(self) -> Iterator[Iterator[Any]]:
+        """The batches for calibration; the training run draws what it would have drawn without this."""
+        with torch.random.fork_rng(devices=[]):
             # A worker process reads a copy.
             if self.args.dataloader_num_workers == 0 and _may_be_read_once(self.train_dataset):
                 self.train_dataset = _Replayed(self.train_dataset)
             loader = self.get_train_dataloader()
-            batches = itertools.islice(loader, _NUM_CALIBRATION_BATCHES)
-            self._tuner().calibrate(map(self._calibration_batch, batches))
+            yield map(self._calibration_batch, itertools.islice(loader, _NUM_CALIBRATION_BATCHES))
         # A loader that was left before its end still counts as being read.
         gradient_state = self.accelerator.gradient_state
         if any(loader is active for active in gradient_state.dataloader_references):
@@ -155,7 +180,12 @@ class DipTrainerMixin(_Base):
             is_named = any("param_names" in group for group in optimizer.param_groups)
             names = [(f"dip_logvar.{i}", logvar) for i, logvar in enumerate(left_out)]
             optimizer.add_param_group({"params": names if is_named else left_out} | own)
-        optimizer.register_step_pre_hook(lambda *_: share_level(logvars))
+        if self.is_deepspeed_enabled:  # its ZeRO takes the gradients away before the optimizer's step
+            for logvar in logvars:
+                logvar.register_hook(lambda gradient: gradient + shared_level(gradient))
+        else:
+            # The parameters of the moment: FSDP2 puts others in the place of those of now.
+            optimizer.register_step_pre_hook(lambda *_: share_level(self._tuner().logvars()))
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -198,7 +228,7 @@ class DipTrainerMixin(_Base):
         tuner = self._tuner()
         if not shifts_labels(tuner.model) or adds_router_loss(tuner.model):
             return False
-        return tuner.hidden_state_capture.probe().loss_is_plain
+        return tuner.hidden_state_capture.probe(self.model).loss_is_plain
 
     def _own_terms(
         self, model, inputs: dict[str, Any], num_items_in_batch
@@ -284,6 +314,19 @@ class DipTrainerMixin(_Base):
             self._tuner().active_dip_config.update_model_card(str(self.args.output_dir))
 
 
+class ShardedCalibration(TrainerCallback):
+    """Calibrates a model that FSDP2 has sharded, on the batches that it was given before."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """See the class; a checkpoint that the run resumes from was calibrated."""
+        if self.batches and model.base_model.needs_calibration:
+            model.base_model.calibrate(self.batches, wrapped=model)
+        self.batches = []
+
+
 class NoiseReport(TrainerCallback):
     """Says at the start of training, in one line, where noise enters and how much."""
 
@@ -296,6 +339,30 @@ class NoiseReport(TrainerCallback):
             "Noise at %d sites, %s to %s: std %.3g (%s), %d per row; prior of weight %.3g around %s",
             *(len(rows), rows[0]["name"], rows[-1]["name"], mean, config.noise_scale),
             *(config.num_samples, config.prior_weight, prior_std),
+        )
+
+
+def check_strategy(accelerator: Any) -> None:
+    """Refuse ways to split a model among processes that the objective is not right on."""
+    state = accelerator.state
+    if getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+        raise ValueError(
+            "FSDP1 is not supported: it flattens the log-variances into pieces, of which the prior cannot be "
+            "computed. Set fsdp_version: 2 in accelerate's configuration, or fsdp_config={'version': 2}."
+        )
+    if getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 0) == 3:
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 is not supported: outside of the layers' forward pass it leaves no log-variances to "
+            "compute the prior of. Use FSDP2, which shards as much, or ZeRO-1 or 2."
+        )
+    if state.distributed_type == DistributedType.MEGATRON_LM:
+        raise ValueError("Megatron-LM is not supported: it runs layers of its own, without noise. Use FSDP2.")
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    names = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+    if given := [f"{name}={size}" for name in names if (size := getattr(parallelism, name, 1)) > 1]:
+        raise ValueError(
+            f"{' and '.join(given)} of parallelism_config: {', '.join(names.values())} parallelism are not supported, "
+            "as processes that share a row would draw different noise for it. Use dp_shard_size and dp_replicate_size."
         )
 
 
@@ -378,8 +445,13 @@ def share_level(logvars: list[torch.nn.Parameter]) -> None:
         logvars (`list`): parameters of shape `(D,)`, one per site; those without a gradient are passed over.
     """
     for logvar in logvars:
-        if logvar.grad is not None and logvar.numel() > 1:
-            logvar.grad += logvar.grad.mean() * logvar.numel() ** 0.5
+        if logvar.grad is not None:
+            local(logvar.grad).add_(shared_level(whole(logvar.grad)))
+
+
+def shared_level(gradient: torch.Tensor) -> torch.Tensor:
+    """What `share_level` adds to a gradient of shape `(D,)`: a scalar, and linear, so gradients may add up later."""
+    return gradient.mean() * gradient.numel() ** 0.5 * (gradient.numel() > 1)
 
 
 class DipTrainer(DipTrainerMixin, Trainer):

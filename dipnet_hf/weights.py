@@ -146,9 +146,17 @@ def check_fits(model: nn.Module, config: DipConfig, adapter_name: str, state_dic
 
 
 def upgrade_noise(model: nn.Module, config: DipConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Bring the noise that version 0.1 saved up to date, in place: one scale per channel, and the initial std."""
+    """Bring saved noise up to date, in place.
+
+    Version 0.1 had one scale for all channels and kept no initial std; after it the initial std was a scalar, which
+    FSDP2 does not shard.
+    """
     for name, tensor in model.state_dict().items():
-        if name.endswith(f"dip_scale.{adapter_name}") and name in state_dict and state_dict[name].dim() == 0:
+        if name not in state_dict or state_dict[name].dim() > 0:
+            continue
+        if name.endswith(f"dip_scale.{adapter_name}"):
             state_dict[name] = state_dict[name].expand(tensor.shape).clone()
             level = name.replace("dip_scale", "dip_init_std")
-            state_dict[level] = torch.tensor(float(config.init_noise_std))
+            state_dict[level] = torch.tensor([float(config.init_noise_std)])
+        elif name.endswith(f"dip_init_std.{adapter_name}"):
+            state_dict[name] = state_dict[name].reshape(1)

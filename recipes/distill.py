@@ -37,6 +37,7 @@ from recipes.data import make_collator, prepare_data
 from recipes.rows import read_json_lines
 from recipes.running import (
     check_can_be_saved,
+    check_devices,
     check_output_dir,
     last_whole_checkpoint,
     load_base,
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 def distil(config: DistillConfig, run: FinetuneConfig) -> None:
     """Train the student, compare it with its teacher and write the results."""
     output_dir = Path(config.training["output_dir"])
+    check_devices()
     check_output_dir(output_dir, config)
     training_args = config.training_arguments()
 

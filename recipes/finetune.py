@@ -37,6 +37,7 @@ from recipes.prompts import check_prompts
 from recipes.rows import read_problems
 from recipes.running import (
     check_can_be_saved,
+    check_devices,
     check_output_dir,
     last_whole_checkpoint,
     load_base,
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: FinetuneConfig, dry_run: bool = False) -> None:
     """Train, score and write the results; a dry run only says what it would do."""
     output_dir = Path(config.training["output_dir"])
+    check_devices()
     check_output_dir(output_dir, config)
     training_args = config.training_arguments()
 

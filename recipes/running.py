@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +29,25 @@ def check_output_dir(output_dir: Path, config: FinetuneConfig | DistillConfig) -
         raise ValueError(
             f"{output_dir} holds an interrupted run of another configuration; give {started} to resume it. {advice}"
         )
+
+
+def check_devices() -> None:
+    """Refuse a launch that accelerate would carry out otherwise than it says, and without a word."""
+    num_processes, num_devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not num_devices
+    if num_processes > num_devices and not on_cpu:
+        raise ValueError(
+            f"{num_processes} processes were started on this machine, and it has {num_devices} device(s), which they "
+            f"would share. Give accelerate launch --num_processes {num_devices} times the number of machines, or run "
+            "on the CPU with ACCELERATE_USE_CPU=true."
+        )
+    strategies = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    for variable, strategy in strategies.items():
+        if on_cpu and os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"The launch asks for {strategy}, which accelerate leaves out on a CPU: every process would hold the "
+                "whole model. Run it on GPUs, or start without it (recipes/accelerate/single.yaml, or torchrun)."
+            )
 
 
 def load_tokenizer(config: FinetuneConfig):
@@ -108,6 +129,17 @@ def _is_whole(checkpoint: Path) -> bool:
     return (checkpoint / "trainer_state.json").is_file() and all(map(zipfile.is_zipfile, pickled))
 
 
+def warn_of_other_processes(checkpoint: str, num_processes: int) -> None:
+    """Warn if the checkpoint's run had another number of processes, each of which has saved its random state."""
+    states = [path.stem for path in Path(checkpoint).glob("rng_state*.pth")]
+    saved = max((1 if state == "rng_state" else int(state.rpartition("_")[2]) + 1 for state in states), default=None)
+    if saved not in (None, num_processes):
+        logger.warning(
+            f"{checkpoint} was saved by a run of {saved} process(es) and is resumed by {num_processes}: its steps "
+            f"have another number of rows and another noise now. Start {saved} to go on as it would have."
+        )
+
+
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, from a checkpoint if there is one.
 
@@ -115,6 +147,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     transformers 5.23 would train a step more.
     """
     if checkpoint is not None:
+        warn_of_other_processes(checkpoint, trainer.args.world_size)
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             trainer._load_from_checkpoint(checkpoint)
@@ -132,10 +165,24 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         ) from error
 
 
+@contextmanager
+def whole_weights(trainer: Trainer) -> Iterator[None]:
+    """Context in which the Trainer saves a model that FSDP has sharded in one file, whatever its checkpoints are."""
+    if not trainer.is_fsdp_enabled:
+        yield
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    of_checkpoints = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    yield
+    plugin.set_state_dict_type(of_checkpoints)
+
+
 def save_model(trainer: Trainer, output_dir: Path) -> None:
     """Save the trained model and its tokenizer beside their final names, and rename them when all are whole."""
     beside = output_dir / "model.partial"
-    trainer.save_model(str(beside))
+    with whole_weights(trainer):
+        trainer.save_model(str(beside))
     if trainer.is_world_process_zero():
         for path in beside.iterdir():
             os.replace(path, output_dir / path.name)

@@ -143,9 +143,9 @@ def predictions(model, batch):
 
 
 def gradients(model, loss):
-    """The gradients of a loss by the parameters' names."""
+    """The gradients of a loss by the names of the parameters that learn."""
     loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def assert_same(model, other, name="llama"):

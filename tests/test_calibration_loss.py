@@ -17,6 +17,7 @@ def test_labels_are_drawn_from_the_predictions_without_whole_logits():
         batches=[batch],
         capture=model.hidden_state_capture,
         noise=lambda on: model.sampling() if on else model.deterministic(),
+        wrapped=model.get_base_model(),
     )
     shapes = []
     model.get_base_model().register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape))

@@ -39,20 +39,23 @@ TABLE = {
     "chunked_loss": Row(ours="objective", others="torch"),
     "batches": Row(others="torch"),
     "contexts": Row(others="torch"),
+    "sharding": Row(others="torch"),
     "uncertainty": Row(others="numpy torch"),
     "kernels": Row(others="torch triton"),
     # What is asked of a network, and what is done to its forward pass.
     "architecture": Row(ours="chunked_loss", others="peft torch transformers"),
     "late_expansion": Row(ours="architecture contexts", others="torch"),
-    "hidden_states": Row(ours="architecture chunked_loss contexts", others="torch"),
+    "hidden_states": Row(ours="architecture chunked_loss contexts sharding", others="torch"),
     "data_loss": Row(ours="batches chunked_loss hidden_states objective", others="torch"),
     # The tuner. Saving a config writes the folder's card, which states the package's version.
     "card": Row(others="huggingface_hub peft safetensors"),
     "config": Row(ours="card", others="peft", lazy="public"),
-    "projection": Row(ours="config contexts draws layout", others="peft torch"),
+    "projection": Row(ours="config contexts draws layout sharding", others="peft torch"),
     "sites": Row(ours="architecture config projection", others="peft torch"),
     "scale": Row(ours="architecture batches layout projection", others="torch"),
-    "calibration_loss": Row(ours="architecture batches data_loss hidden_states scale", others="accelerate torch"),
+    "calibration_loss": Row(
+        ours="architecture batches data_loss hidden_states scale sharding", others="accelerate torch"
+    ),
     "calibration": Row(ours="calibration_loss config projection scale", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
     "passes": Row(ours="architecture draws late_expansion layout noise projection", others="torch"),
@@ -63,14 +66,17 @@ TABLE = {
     "generation": Row(ours="contexts ensemble passes", others="torch transformers"),
     "model": Row(
         ours="architecture calibration calibration_loss config contexts draws ensemble generation hidden_states "
-        "late_expansion layout noise objective passes projection sites weights",
-        others="peft torch transformers",
+        "late_expansion layout noise objective passes projection sharding sites weights",
+        others="peft safetensors torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),
     # What uses it.
     "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
     "trl_trainers": Row(ours="batches config"),
-    "trainer": Row(ours="architecture batches config loss model objective trl_trainers", others="torch transformers"),
+    "trainer": Row(
+        ours="architecture batches config loss model objective sharding trl_trainers",
+        others="accelerate peft torch transformers",
+    ),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),

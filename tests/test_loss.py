@@ -25,7 +25,7 @@ class Noisy(nn.Module):
         self.hidden_state_capture = SimpleNamespace(
             capturing=lambda shape: contextlib.nullcontext(),
             pop=lambda: None,
-            probe=lambda: ModelProbe(loss_is_plain=True),
+            probe=lambda wrapped: ModelProbe(loss_is_plain=True),
         )
         self.passes = 0
 

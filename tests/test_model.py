@@ -357,3 +357,15 @@ def test_a_model_without_an_adapter_says_so():
     model.add_adapter("new", DipConfig(weights="frozen", init_noise_std=0.1, noise_scale="absolute"))
     model.set_adapter("new")
     assert dip_loss(model, make_batch("llama")).loss.isfinite()
+
+
+def test_what_calibration_found_is_read_from_a_saved_adapter_alone(batch, tmp_path):
+    saved = dip_model(calibration=[batch], init_noise_std=0.2)
+    saved.save_pretrained(tmp_path)
+    model = dip_model(noise_scale="relative")
+    logvars = [logvar.clone() for logvar in model.logvars()]
+    model.load_calibration(str(tmp_path / "adapter_model.safetensors"))
+    assert model.init_noise_std == saved.init_noise_std and not model.needs_calibration
+    for row, expected in zip(model.noise_summary(), saved.noise_summary(), strict=True):
+        assert row["scale"] == expected["scale"]
+    assert all(map(torch.equal, model.logvars(), logvars))

@@ -11,7 +11,7 @@ from peft.optimizers import create_lorafa_optimizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from dipnet_hf import DipTrainer, DipTrainerMixin, dip_loss
-from dipnet_hf.trainer import share_level
+from dipnet_hf.trainer import ShardedCalibration, share_level
 from tests.helpers import (
     HasALossOfItsOwn,
     collate,
@@ -146,21 +146,22 @@ def test_a_step_takes_what_channels_share(rows, tmp_path):
 
 def test_an_optimizer_of_ones_own_is_left_as_it_is(rows, tmp_path):
     model = dip_model(calibration=[collate(list(rows))])
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in learned]
     gradients = []
 
     class Spy(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
-            gradients.extend(parameter.grad.clone() for parameter in model.parameters())
+            gradients.extend(parameter.grad.clone() for parameter in learned)
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)  # it decays nothing, so nothing is warned of
+    optimizer = torch.optim.SGD(learned, lr=0.5)  # it decays nothing, so nothing is warned of
     trainer_class = partial(DipTrainer, optimizers=(optimizer, None))
     trainer = make_trainer(model, rows, tmp_path, trainer_class, max_steps=1, lr_scheduler_type="constant")
     trainer.add_callback(Spy())
     trainer.train()
     (group,) = optimizer.param_groups
     assert group["lr"] == 0.5 and len(group["params"]) == len(before)
-    for parameter, start, gradient in zip(model.parameters(), before, gradients, strict=True):
+    for parameter, start, gradient in zip(learned, before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), start - 0.5 * gradient)  # no level is shared
 
 
@@ -545,3 +546,38 @@ def test_a_model_whose_adapter_was_deleted_is_refused(rows, tmp_path):
     model.delete_adapter("default")
     with pytest.raises(ValueError, match="last DIP adapter was deleted"):
         make_trainer(model, rows, tmp_path)
+
+
+def test_a_model_that_will_be_sharded_is_calibrated_when_training_begins(rows):
+    batch = collate(list(rows))
+    model, expected = dip_model(), dip_model(calibration=[batch])
+    calibration = ShardedCalibration()
+    calibration.on_train_begin(None, None, None, model)  # the model needs none, or there is nothing to do it on
+    assert model.needs_calibration
+    calibration.batches = [batch]
+    calibration.on_train_begin(None, None, None, model)
+    assert model.noise_summary() == expected.noise_summary() and calibration.batches == []
+
+
+def test_the_scale_is_resumed_where_fsdp_leaves_it_out(rows, tmp_path, monkeypatch):
+    saved = dip_model(calibration=[collate(list(rows))])
+    saved.save_pretrained(tmp_path)
+    trainer = make_trainer(dip_model(), rows, tmp_path)
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *args: None)
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert trainer.model.needs_calibration
+    trainer.is_fsdp_enabled = True
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert trainer.model.noise_summary() == saved.noise_summary()
+
+
+def test_the_level_is_shared_by_the_gradients_where_zero_takes_them_away(rows, tmp_path):
+    trainer = make_trainer(dip_model(calibration=[collate(list(rows))]), rows, tmp_path, optim="sgd")
+    trainer.is_deepspeed_enabled = True
+    optimizer = trainer.create_optimizer()
+    logvar = trainer.model.logvars()[0]
+    weights = torch.arange(float(len(logvar)))
+    for _ in range(2):  # gradients of two batches add up
+        (logvar * weights).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(logvar.grad, 2 * (weights + weights.mean() * len(logvar) ** 0.5))
