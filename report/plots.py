@@ -65,7 +65,7 @@ def plot_noise(result_file: str, path: str, sort_channels: bool = False) -> None
     for number, row in enumerate(rows):
         std_D = np.sort(row["relative_std"]) if sort_channels else row["relative_std"]
         std_ND[number, : len(std_D)] = std_D
-    figure = Figure(figsize=(8, 1.5 + 0.16 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, max(4, 1.5 + 0.16 * len(rows))), layout="constrained")  # the bar has a long label
     axes = figure.subplots()
     image = axes.imshow(std_ND, aspect="auto", interpolation="nearest", cmap="viridis")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize="small")
