@@ -135,7 +135,8 @@ def test_a_head_that_is_not_a_plain_linear_layer_is_left_alone(change):
     elif change == "hook":
         head.register_forward_hook(lambda module, args, output: 2 * output)
     elif change == "class":
-        base.lm_head = type("OtherLinear", (nn.Linear,), {})(32, 64, bias=False)
+        own_forward = {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)}
+        base.lm_head = type("OtherLinear", (nn.Linear,), own_forward)(32, 64, bias=False)
     else:
         head.weight = nn.Parameter(torch.zeros(0))  # as sharded by DeepSpeed
     assert plain_head(base) is None and plain_head(build("llama")) is not None
