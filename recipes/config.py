@@ -188,6 +188,8 @@ class FinetuneConfig:
             raise ValueError("Some data sets have a weight and some have none: give one to all of them, or to none.")
         if len(data_sets) > 1 and self.num_validation_samples is not None:
             raise ValueError("num_validation_samples counts problems of one dataset; set validation_fraction instead.")
+        if len(data_sets) > 1 and data_sets[0].weight is None and self.max_train_samples is not None:
+            raise ValueError("max_train_samples would take the first data set alone: give each data set a weight.")
         for name, allowed in (("apply_chat_template", (True, False, None)), ("packing", (True, False))):
             if not any(getattr(self, name) is value for value in allowed):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")

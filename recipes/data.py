@@ -175,10 +175,18 @@ def heldout_set(tokens: Dataset, max_length: int) -> tuple[Dataset, int]:
     """Cut every sequence at `max_length`, so that each held-out problem counts with the tokens that fit.
 
     Returns:
-        `tuple[Dataset, int]`: the sequences, and how many were cut.
+        `tuple[Dataset, int]`: the sequences of which something is left to predict, and how many were cut.
+
+    Raises:
+        ValueError: there is none.
     """
     num_cut = sum(len(input_ids) > max_length for input_ids in tokens["input_ids"])
-    return tokens.map(lambda row: {name: values[:max_length] for name, values in row.items()}, desc="Cutting"), num_cut
+    cut = tokens.map(lambda row: {name: values[:max_length] for name, values in row.items()}, desc="Cutting")
+    # The mean loss of a batch without a label would be NaN.
+    labelled = cut.filter(lambda row: any(label != IGNORED_LABEL for label in row["labels"][1:]), desc="Labelled")
+    if not len(labelled):
+        raise ValueError(f"No held-out sequence has a label within max_length={max_length}: raise max_length.")
+    return labelled, num_cut
 
 
 def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

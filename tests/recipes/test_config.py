@@ -144,6 +144,7 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
         (["dataset=[{path: a, weight: 1}, {path: b}]"], {}, "Some data sets have a weight and some have none"),
         (["dataset=[{path: a}]", "dataset_split=b"], {}, "dataset_split is of one dataset: in a mixture, write it"),
         (["dataset=[{path: a}, {path: b}]", "num_validation_samples=3"], {}, "set validation_fraction instead"),
+        (["dataset=[{path: a}, {path: b}]", "max_train_samples=3"], {}, "first data set alone: give each .* a weight"),
         (["columns=[question]"], {}, "columns must be a mapping such as {problem: question}"),
         (["validation_fraction=1"], {}, "validation_fraction must be between 0 and 1, or null, got 1"),
         (["validation_fraction=.1", "num_validation_samples=3"], {}, "both hold problems out: set one"),

@@ -209,6 +209,16 @@ def test_training_drops_what_is_too_long_and_heldout_cuts_it(tokenizer):
         training_set(tokens, 3)
 
 
+def test_a_heldout_sequence_that_is_cut_before_its_answer_is_left_out(tokenizer):
+    long = {**PROBLEM, "question": PROBLEM["question"] + " and so on"}
+    tokens = tokenize(Dataset.from_list([long, PROBLEM]), tokenizer)
+    max_length = len(tokens[1]["input_ids"]) - 1
+    cut, num_cut = heldout_set(tokens, max_length)
+    assert num_cut == 2 and cut["input_ids"][:] == [tokens[1]["input_ids"][:max_length]]
+    with pytest.raises(ValueError, match="No held-out sequence has a label within max_length=3: raise max_length"):
+        heldout_set(tokens, 3)
+
+
 def mixture(*lengths):
     """Data sets of one-token sequences, each of a token of its own."""
     return [Dataset.from_dict({"input_ids": [[number]] * length}) for number, length in enumerate(lengths)]
