@@ -46,9 +46,10 @@ def prepare_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> 
     def tokens_of(split: str) -> list[Dataset]:
         return [tokenize(splits[split], tokenizer, chat) for splits in rows if split in splits]
 
-    train = mix(tokens_of("train"), [data_set.weight for data_set in data_sets])
-    train, num_dropped = training_set(train, config.max_length, config.max_train_samples)
-    counts = {"num_train_sequences": len(train), "num_dropped_train_sequences": num_dropped}
+    fitting, num_dropped = zip(*(drop_long(tokens, config.max_length) for tokens in tokens_of("train")), strict=True)
+    train = mix(list(fitting), [data_set.weight for data_set in data_sets])
+    train = train.select(range(min(len(train), config.max_train_samples or len(train))))
+    counts = {"num_train_sequences": len(train), "num_dropped_train_sequences": sum(num_dropped)}
     validation, heldout = tokens_of("validation"), tokens_of("test")
     validation_set = heldout_set(concatenate_datasets(validation), config.max_length)[0] if validation else None
     if not heldout:
@@ -146,16 +147,16 @@ def mix(tokens: list[Dataset], weights: list[float | None]) -> Dataset:
 
 
 def heldout_lines(rows: list[DatasetDict], max_rows: int | None = None) -> str:
-    """Write the first rows of the `test` splits as JSON Lines."""
-    heldout = chain.from_iterable(splits["test"] for splits in rows if "test" in splits)
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in islice(heldout, max_rows))
+    """Write the `test` splits as JSON Lines, or the first `max_rows` of each."""
+    heldout = chain.from_iterable(islice(splits["test"], max_rows) for splits in rows if "test" in splits)
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in heldout)
 
 
-def training_set(tokens: Dataset, max_length: int, max_samples: int | None = None) -> tuple[Dataset, int]:
-    """Drop the sequences over `max_length` and keep the first `max_samples` of the others.
+def drop_long(tokens: Dataset, max_length: int) -> tuple[Dataset, int]:
+    """Drop the training sequences over `max_length`.
 
     Returns:
-        `tuple[Dataset, int]`: the sequences to train on, and how many were too long.
+        `tuple[Dataset, int]`: the others, and how many were too long.
 
     Raises:
         ValueError: none is left.
@@ -168,7 +169,7 @@ def training_set(tokens: Dataset, max_length: int, max_samples: int | None = Non
             f"None of the {len(lengths)} training sequences fits in max_length={max_length}; the shortest has "
             f"{shortest} tokens. Raise max_length if the model's context allows it."
         )
-    return tokens.select(fitting[:max_samples]), len(lengths) - len(fitting)
+    return tokens.select(fitting), len(lengths) - len(fitting)
 
 
 def heldout_set(tokens: Dataset, max_length: int) -> tuple[Dataset, int]:

@@ -14,7 +14,7 @@ from recipes.formats import is_conversation
 from recipes.rows import read_problems
 from recipes.tokens import Chat, num_prompt_tokens, tokenize
 
-NUM_COMPARED = 4  # problems of each task, and conversations of each data set
+NUM_COMPARED = 4  # problems and conversations of each data set
 ADVICE = "or score with eval/run.py and set evaluation.tasks=[]."
 
 
@@ -30,8 +30,9 @@ def check_prompts(model, tokenizer: PreTrainedTokenizerBase, config: FinetuneCon
         heldout = Path(folder) / "test.jsonl"
         heldout.write_text(heldout_lines(data.rows, NUM_COMPARED), encoding="utf-8")
         tasks = {name: path or str(heldout) for name, path in config.evaluation.tasks.items()}
-        for name, asked in prompts.of_tasks(tasks, NUM_COMPARED).items():
-            problems = Dataset.from_list(read_problems(tasks[name])[:NUM_COMPARED])
+        limit = NUM_COMPARED * len(data.rows)
+        for name, asked in prompts.of_tasks(tasks, limit).items():
+            problems = Dataset.from_list(read_problems(tasks[name])[:limit])
             advice = f"Choose a task that asks as gsm8k_local does, {ADVICE}"
             for asked_tokens, trained_tokens in zip(asked, _trained(problems, tokenizer, data.chat), strict=True):
                 _compare(tokenizer, f"The task {name}", asked_tokens, trained_tokens, advice)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from recipes.config import FinetuneConfig
 from recipes.data import (
+    drop_long,
     heldout_lines,
     heldout_set,
     hold_out,
@@ -17,7 +18,6 @@ from recipes.data import (
     make_collator,
     mix,
     prepare_data,
-    training_set,
 )
 from recipes.rows import load_rows, read_problems, svamp_problem
 from recipes.tokens import tokenize
@@ -200,13 +200,13 @@ def test_training_drops_what_is_too_long_and_heldout_cuts_it(tokenizer):
     long = {**PROBLEM, "answer": PROBLEM["answer"] + " and so on"}
     tokens = tokenize(Dataset.from_list([long, PROBLEM, PROBLEM, PROBLEM]), tokenizer)
     max_length = len(tokens[1]["input_ids"])
-    kept, num_dropped = training_set(tokens, max_length, max_samples=2)
-    assert (kept[:], num_dropped) == (tokens.select([1, 2])[:], 1)
+    kept, num_dropped = drop_long(tokens, max_length)
+    assert (kept[:], num_dropped) == (tokens.select([1, 2, 3])[:], 1)
     cut, num_cut = heldout_set(tokens, max_length)
     assert num_cut == 1 and [len(row["labels"]) for row in cut] == [max_length] * 4
     assert cut[0]["input_ids"] == tokens[0]["input_ids"][:max_length]
     with pytest.raises(ValueError, match="None of the 4 training sequences fits in max_length=3; the shortest has"):
-        training_set(tokens, 3)
+        drop_long(tokens, 3)
 
 
 def test_a_heldout_sequence_that_is_cut_before_its_answer_is_left_out(tokenizer):
@@ -233,6 +233,26 @@ def test_a_mixture_has_its_weights_and_no_row_twice():
     assert [ids[0] for ids in mix(mixture(4000, 3000), [2, 6])["input_ids"]] == numbers
     whole = mix(mixture(4, 3), [None, None])
     assert [ids[0] for ids in whole["input_ids"]] == [0] * 4 + [1] * 3
+
+
+@pytest.mark.parametrize("max_train_samples", [None, 60])
+def test_a_mixture_has_its_weights_among_the_rows_that_fit(tokenizer, tmp_path, max_train_samples):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a" * (100 if number % 2 else 5)} for number in range(400)])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "b" * 5} for _ in range(200)])
+    data_sets = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in "ab"]
+    config = FinetuneConfig("m", data_sets, {"output_dir": "x"}, "full", max_length=20)
+    config.max_train_samples = max_train_samples
+    data = prepare_data(config, tokenizer)
+    firsts = [tokenizer.decode(ids[:1]) for ids in data.train["input_ids"]]
+    assert len(firsts) == max_train_samples or (max_train_samples is None and 200 in map(firsts.count, "ab"))
+    assert abs(firsts.count("a") / len(firsts) - 0.5) < 4 * (0.25 / len(firsts)) ** 0.5
+    assert data.counts["num_dropped_train_sequences"] == 200
+
+
+def test_the_first_heldout_rows_are_those_of_every_set():
+    sets = [DatasetDict({"test": Dataset.from_dict({"text": [f"{name}{n}" for n in range(3)]})}) for name in "ab"]
+    texts = [json.loads(line)["text"] for line in heldout_lines(sets, 2).splitlines()]
+    assert texts == ["a0", "a1", "b0", "b1"]
 
 
 def test_a_mixture_of_formats_is_one_data_set(problems_folder, chat_tokenizer, tmp_path):
