@@ -98,7 +98,8 @@ def build(hidden: int, layers: str) -> nn.Module:
         num_key_value_heads=hidden // 64,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(DEVICE, DTYPE)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).to(DTYPE)
     if layers != "none":
         projected = list(range(NUM_LAYERS // 2, NUM_LAYERS)) if layers == "upper" else None
         dip = DipConfig(weights="frozen", noise_scale="absolute", init_noise_std=0.05, layers_to_transform=projected)

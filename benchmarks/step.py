@@ -80,8 +80,10 @@ RATIOS = [
     ("S=4 stability on logits", "S=4"),
 ]
 if torch.cuda.is_available():
+    DEVICE, DTYPE = "cuda", torch.bfloat16
     NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH, HIDDEN_SIZES = 16, 32_000, 4, 1024, [2048]
 else:
+    DEVICE, DTYPE = "cpu", torch.float32
     NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH, HIDDEN_SIZES = 4, 8192, 2, 128, [1024]
 if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
     SIDES |= {"Trainer Liger": Side(Trainer, liger=True), "S=1 Liger": Side(DipTrainer, 1, liger=True)}
@@ -141,9 +143,8 @@ def build(hidden: int, weights: str, side: Side) -> tuple[Trainer, dict[str, tor
         num_key_value_heads=hidden // 64,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config)
-    if torch.cuda.is_available():
-        model.to("cuda", torch.bfloat16)
+    with torch.device(DEVICE):  # a CPU would take longer to draw the weights than a GPU to train on them
+        model = LlamaForCausalLM(config).to(DTYPE)
     if side.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
