@@ -77,11 +77,12 @@ wheel:  ## build the wheel, install it in .venv-wheel and run the README's examp
 bench: .venv/.installed  ## every benchmark, on this machine (about an hour on two cores)
 	for name in step step_profile loss projection instructions padding scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
 
-bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no network, under 8 minutes
+bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no network, about 8 minutes
 	.venv/bin/python benchmarks/projection.py
 	.venv/bin/python benchmarks/loss.py
-	.venv/bin/python benchmarks/step.py --rounds 5
-	.venv/bin/python benchmarks/ensemble.py --hidden 2048 --samples 1 8 --rounds 3
+	.venv/bin/python benchmarks/paper_models.py
+	.venv/bin/python benchmarks/step.py --rounds 3
+	.venv/bin/python benchmarks/ensemble.py --samples 8 --rounds 2
 
 # Resolves pyproject.toml for all supported Pythons at once; a pin that still holds is kept, delete its line to renew it.
 # What torch brings along for CUDA is left out: that is for the chosen build of torch to say. Triton is pinned to what
