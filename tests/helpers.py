@@ -267,15 +267,16 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_in_two_processes(function, *arguments):
-    """Run `function(rank, *arguments)` in two processes of one group on the CPU, as a launcher starts them."""
+def run_in_processes(num_processes, function, *arguments):
+    """Run `function(rank, *arguments)` in processes of one group on the CPU, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, (port, function, arguments), nprocs=2)
+    torch.multiprocessing.spawn(_run_rank, (num_processes, port, function, arguments), nprocs=num_processes)
 
 
-def _run_rank(rank, port, function, arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def _run_rank(rank, num_processes, port, function, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     function(rank, *arguments)

@@ -1,4 +1,4 @@
-"""Two gloo processes: one objective, one calibration, two noises; and FSDP2 as DDP."""
+"""Two gloo processes, or four: one objective, one calibration, noise of their own; and FSDP2 as DDP."""
 
 import contextlib
 import types
@@ -9,7 +9,7 @@ from accelerate import FullyShardedDataParallelPlugin, cpu_offload, disk_offload
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -29,7 +29,7 @@ from tests.helpers import (
     make_rows,
     make_trainer,
     record,
-    run_in_two_processes,
+    run_in_processes,
     trained_model,
 )
 from tests.tiny_models import build_with_outliers
@@ -67,9 +67,7 @@ def train_rank(rank, folder):
         )
         torch.save(result, f"{folder}/gradients-{static_graph}-{rank}.pt")
     check_parts(rank)
-    for name, case in SHARDED.items():
-        for sharded in (False, True):
-            torch.save(sharded_results(case, sharded, rank), f"{folder}/{name}-{sharded}-{rank}.pt")
+    compare_sharded(SHARDED, rank, folder)
     torch.save(calibration_results(rank, folder), f"{folder}/calibration-{rank}.pt")
 
 
@@ -106,14 +104,19 @@ def check_parts(rank):
 
 def shard(modules, **options):
     """Put modules into one group whose parameters are brought together at once, on the CPU."""
-    return fully_shard(modules, mesh=init_device_mesh("cpu", (2,)), **options)
+    return fully_shard(modules, **{"mesh": init_device_mesh("cpu", (distributed.get_world_size(),))} | options)
 
 
-def shard_layers(model):
+def shard_layers(model, **options):
     """Each layer, and the rest; as in most examples."""
     for layer in model.get_base_model().model.layers:
-        shard(layer)
-    return shard(model)
+        shard(layer, **options)
+    return shard(model, **options)
+
+
+def shard_in_pairs(model):
+    """Hybrid: parts on the two processes of a pair, the same parts on every pair."""
+    return shard_layers(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
 
 def shard_as_accelerate(model, rank=0, from_rank_0=False):
@@ -125,7 +128,7 @@ def shard_as_accelerate(model, rank=0, from_rank_0=False):
     accelerator = types.SimpleNamespace(
         **{"mixed_precision": "no", "device": torch.device("cpu"), "is_main_process": rank == 0},
         state=types.SimpleNamespace(fsdp_plugin=plugin),
-        torch_device_mesh={(): init_device_mesh("cpu", (2,))},
+        torch_device_mesh={(): init_device_mesh("cpu", (distributed.get_world_size(),))},
         parallelism_config=types.SimpleNamespace(fsdp_dim_names=[]),
     )
     return fsdp2_prepare_model(accelerator, model)
@@ -144,14 +147,25 @@ SHARDED = {
     "resharded-head": (shard_head, {"stability_target": "logits"}),
     "tied-head": (shard_layers, {"base": "gemma3_text"}),
     "embedding": (shard_layers, {"target_sites": "embedding"}),
+    "one-sample": (shard_layers, {"num_samples": 1, "stability_loss_weight": 0.0}),
+    "checkpointed": (shard_layers, {"checkpointed": True}),
+    "checkpointed-lora": (shard_as_accelerate, {"checkpointed": True, "weights": WEIGHTS["lora"]("llama")}),
+}
+FOUR_PROCESSES = {
+    "four": (shard_as_accelerate, {}),
+    "hybrid": (shard_in_pairs, {"weights": WEIGHTS["lora"]("llama")}),
 }
 
 
 def sharded_results(case, sharded, rank):
     """The terms, gradients and noise of a step of two batches, whose gradients are reduced once; and the logits."""
     shard_model, config = case
+    checkpointed = config.get("checkpointed", False)
+    config = {name: value for name, value in config.items() if name != "checkpointed"}
     # A prior around another level has a gradient from the beginning.
     model = make_model(True, noise_scale="absolute", prior_std=0.1, prior_weight=1.0, **config).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     outputs = record(model, ["base_model.model"], at_output=True)["base_model.model"]
     wrapped = shard_model(model) if sharded else DistributedDataParallel(model)
     rows, losses = list(make_rows()), []  # fewer in one process
@@ -161,7 +175,9 @@ def sharded_results(case, sharded, rank):
             wrapped.set_requires_gradient_sync(is_last)
         with contextlib.nullcontext() if sharded or is_last else wrapped.no_sync():
             torch.manual_seed(step)
-            losses.append(dip_loss(wrapped, collate(rows[8 * rank + 4 * step :][: 4 - rank]), num_items_in_batch=70))
+            losses.append(
+                dip_loss(wrapped, collate(rows[(8 * rank + 4 * step) % 16 :][: 4 - rank]), num_items_in_batch=70)
+            )
             losses[-1].loss.backward()
     found = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
     share_level(model.logvars())
@@ -172,6 +188,20 @@ def sharded_results(case, sharded, rank):
         "noise": model.noise_summary(),
         "num_tokens_with_logits": [output.logits.shape[1] for output in outputs],
     }
+
+
+def compare_sharded(cases, rank, folder):
+    """What each process does for the cases, sharded and under DDP."""
+    for name, case in cases.items():
+        for sharded in (False, True):
+            torch.save(sharded_results(case, sharded, rank), f"{folder}/{name}-{sharded}-{rank}.pt")
+
+
+def compare_sharded_in_four(rank, folder):
+    """What each of four processes does."""
+    distributed.init_process_group("gloo")
+    compare_sharded(FOUR_PROCESSES, rank, folder)
+    distributed.destroy_process_group()
 
 
 def calibration_results(rank, folder):
@@ -199,7 +229,8 @@ def calibration_results(rank, folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("runs"))
-    run_in_two_processes(train_rank, folder)
+    run_in_processes(2, train_rank, folder)
+    run_in_processes(4, compare_sharded_in_four, folder)
     return folder
 
 
@@ -245,9 +276,9 @@ def test_gradients_are_averaged_though_the_loss_is_computed_from_hidden_states(r
     assert any("lm_head" in name for name in first) and any("dip_logvar" in name for name in first)
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", [*SHARDED, *FOUR_PROCESSES])
 def test_fsdp_trains_as_ddp_does(runs, name):
-    for rank in (0, 1):
+    for rank in range(4 if name in FOUR_PROCESSES else 2):
         expected, actual = (torch.load(f"{runs}/{name}-{sharded}-{rank}.pt") for sharded in (False, True))
         torch.testing.assert_close(actual["losses"], expected["losses"], atol=1e-6, rtol=1e-6)
         assert actual["gradients"].keys() == expected["gradients"].keys()

@@ -23,7 +23,7 @@ from eval.run import load_tasks, main, set_repeats
 from eval.scoring import score
 from recipes.tiny_model import tiny_llama, train_tokenizer
 from recipes.word_problems import generate_splits
-from tests.helpers import run_in_two_processes, write_jsonl
+from tests.helpers import run_in_processes, write_jsonl
 
 PROBLEMS = generate_splits(0, {"test": 5})["test"]
 OPTIONS = [f"{letter}){number}" for letter, number in zip("ABC", (1, 25, 3333))]
@@ -500,7 +500,7 @@ def evaluate_rank(rank, folder, output):
 
 
 def test_two_processes_give_the_results_of_one(outputs, folder, tmp_path):
-    run_in_two_processes(evaluate_rank, str(folder), str(tmp_path))
+    run_in_processes(2, evaluate_rank, str(folder), str(tmp_path))
     for mode in ("ensemble", "vote"):
         (expected, expected_samples), (results, samples) = read_output(outputs[mode]), read_output(tmp_path / mode)
         assert {path.name for path in (tmp_path / mode).glob("*.jsonl")} == {"responses-1.jsonl", "responses.jsonl"}
