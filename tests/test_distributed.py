@@ -2,12 +2,15 @@
 
 import contextlib
 import types
+from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin, cpu_offload, disk_offload
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from packaging.version import Version
 from peft import PeftModel
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -20,6 +23,7 @@ from transformers import LlamaForCausalLM
 from dipnet_hf import dip_loss
 from dipnet_hf.sharding import fill, is_sharded, local, whole
 from dipnet_hf.trainer import check_strategy, share_level
+from recipes.running import prepare_quantized
 from tests.helpers import (
     WEIGHTS,
     collate,
@@ -32,7 +36,7 @@ from tests.helpers import (
     run_in_processes,
     trained_model,
 )
-from tests.tiny_models import build_with_outliers
+from tests.tiny_models import build, build_with_outliers
 
 
 def make_model(noise, **config):
@@ -140,6 +144,21 @@ def shard_head(model):
     return shard_layers(model)
 
 
+def four_bit_llama():
+    """A quantized base, whose packed weights have a type that can be in parts."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    model, storage = build("llama", hidden_size=64), {"quant_type": "nf4", "quant_storage": torch.float32}
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                packed = Linear4bit(module.in_features, module.out_features, bias=False, **storage)
+                packed.weight = Params4bit(module.weight.data, requires_grad=False, module=packed, **storage).to("cpu")
+                layer.set_submodule(name, packed)
+    model.is_loaded_in_4bit = True
+    return prepare_quantized(model)
+
+
 SHARDED = {
     "lora": (shard_layers, {"weights": WEIGHTS["lora"]("llama")}),
     "full": (shard_as_accelerate, {}),
@@ -151,6 +170,8 @@ SHARDED = {
     "checkpointed": (shard_layers, {"checkpointed": True}),
     "checkpointed-lora": (shard_as_accelerate, {"checkpointed": True, "weights": WEIGHTS["lora"]("llama")}),
 }
+if find_spec("bitsandbytes") and Version(metadata.version("bitsandbytes")) >= Version("0.50"):  # 4 bits on a CPU
+    SHARDED["four-bits"] = (shard_layers, {"base": four_bit_llama, "weights": WEIGHTS["lora"]("llama")})
 FOUR_PROCESSES = {
     "four": (shard_as_accelerate, {}),
     "hybrid": (shard_in_pairs, {"weights": WEIGHTS["lora"]("llama")}),
@@ -162,6 +183,8 @@ def sharded_results(case, sharded, rank):
     shard_model, config = case
     checkpointed = config.get("checkpointed", False)
     config = {name: value for name, value in config.items() if name != "checkpointed"}
+    if callable(config.get("base")):
+        config["base"] = config["base"]()
     # A prior around another level has a gradient from the beginning.
     model = make_model(True, noise_scale="absolute", prior_std=0.1, prior_weight=1.0, **config).train()
     if checkpointed:
