@@ -35,8 +35,8 @@ class DipArgs(BaseModel):
         if settings.load_in_4bit or settings.load_in_8bit:
             raise ValueError(
                 "Axolotl quantizes a base model for its own lora and qlora alone, and ignores load_in_4bit and "
-                f"load_in_8bit with `adapter: {ADAPTER}`: leave them out, and name a base_model that was saved in 4 or "
-                "8 bits."
+                f"load_in_8bit with `adapter: {ADAPTER}`: leave them out, and name a base_model that was saved in 4 "
+                "or 8 bits."
             )
         if settings.rl or settings.reward_model or settings.process_reward_model:
             raise ValueError(
