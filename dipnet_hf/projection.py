@@ -211,9 +211,10 @@ class DipProjection(nn.Module, BaseTunerLayer):
         adapter = str(self.adapter)
         if not self.calibrated:
             raise ValueError(
-                f"The noise of site '{self.site.name}' was never calibrated. Call model.calibrate(batches) with a few "
-                "labelled training batches first (DipTrainer does it by itself), or give a number as init_noise_std "
-                'together with noise_scale="absolute".'
+                f"The noise of site '{self.site.name}' was never calibrated. Train with DipTrainer, or in place of "
+                "TRL's SFTTrainer with DipSFTTrainer, which do it by themselves; or call model.calibrate(batches) "
+                "with a few labelled training batches first; or give a number as init_noise_std together with "
+                'noise_scale="absolute".'
             )
         if self.dip_logvar[adapter].is_meta:
             raise ValueError(

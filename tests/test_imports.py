@@ -78,6 +78,7 @@ TABLE = {
         others="accelerate peft torch transformers",
     ),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
+    "axolotl": Row(ours="config trainer", others="axolotl peft pydantic"),
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),
     "lm_eval_model": Row(ours="answers ensemble model noise responses", others="lm_eval peft torch transformers"),

@@ -1,10 +1,17 @@
 """The same objective inside TRL's SFTTrainer: completion-only, packed and padding-free data, its fused head."""
 
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11")
+import trl
 from trl import SFTConfig, SFTTrainer
 
 from dipnet_hf import DipConfig, DipSFTTrainer, DipTrainer, dip_loss, get_dip_model
@@ -13,6 +20,8 @@ from tests.tiny_models import build, make_batch
 
 # trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
+
+PAGE = Path(__file__).parents[1] / "docs" / "elsewhere.md"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,36 @@ def test_peft_config_of_the_trainer(tokenizer, rows, tmp_path):
     trainer.train()
     assert len(trainer.model.noise_summary()) == 3
     assert trainer.state.log_history[0]["noise_std_mean"] > 0
+
+
+def test_trls_own_trainer_is_told_which_class_to_use(tokenizer, rows, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to=[], max_length=16)
+    given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": DipConfig()}
+    trainer = SFTTrainer(build("llama"), args, **given)
+    with pytest.raises(ValueError, match="never calibrated.*in place of TRL's SFTTrainer with DipSFTTrainer"):
+        trainer.train()
+
+
+def test_trls_own_script_trains_with_noise(tokenizer, rows, tmp_path, monkeypatch):
+    """The script of the page."""
+    (script,) = re.findall(r"```python\n(# dip_sft.py\n.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "dip_sft.py").write_text(script)
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows.to_json(tmp_path / "data" / "train.jsonl")
+    settings = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "out", "use_peft": True}
+    settings |= {"use_cpu": True, "bf16": False, "max_steps": 1, "logging_steps": 1, "report_to": "none"}
+    settings |= {"max_length": 16, "lora_r": 4, "lora_target_modules": "all-linear"}
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    for name in ("SFTTrainer", "get_peft_config"):
+        monkeypatch.setattr(trl, name, getattr(trl, name))  # put back afterwards
+    monkeypatch.setattr(sys, "argv", ["dip_sft.py", *options])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("dip_sft.py", run_name="__main__")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "DIP" and config["weights"]["r"] == 4
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["noise_std_mean"] > 0
 
 
 def test_both_trainers_agree(tokenizer, rows, tmp_path):
