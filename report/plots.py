@@ -4,6 +4,7 @@ Matplotlib is imported by the functions that draw, so that tables and provenance
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from report.results import read_results
 
 
 def plot_losses(result_files: list[str], path: str) -> None:
-    """Draw the training NLL of each run by step, and its held-out NLL where it was measured.
+    """Draw the training NLL of each run by step, and its held-out NLL and exact match where they were measured.
 
     A DIP run's `loss` includes the prior; its data term, `nll`, is drawn, which compares with a plain run's `loss`.
 
@@ -26,6 +27,7 @@ def plot_losses(result_files: list[str], path: str) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    share: Any = None  # the axis of exact match
     for number, result_file in enumerate(result_files):
         log_history, label = read_results(result_file)["log_history"], Path(result_file).parent.name
         train, heldout = _curve(log_history, "nll"), _curve(log_history, "eval_nll")
@@ -33,6 +35,9 @@ def plot_losses(result_files: list[str], path: str) -> None:
             train = _curve(log_history, "loss")
         if len(train):
             axes.plot(*train.T, color=f"C{number}", label=f"{label}, training NLL")
+        if len(right := _curve(log_history, "eval_exact_match")):
+            share = share or axes.twinx()
+            share.plot(*right.T, color=f"C{number}", linestyle=":", marker="s", label=f"{label}, exact match")
         if len(heldout):
             axes.plot(*heldout.T, color=f"C{number}", linestyle="--", marker="o", label=f"{label}, held-out NLL")
     if not axes.lines:
@@ -40,7 +45,9 @@ def plot_losses(result_files: list[str], path: str) -> None:
             f"No loss in {', '.join(map(str, result_files))}; lower training.logging_steps for the next run."
         )
     axes.set(xlabel="step", ylabel="nats per token", yscale="log")
-    axes.legend()
+    if share is not None:
+        share.set(ylabel="exact match", ylim=(-0.02, 1.02))
+    figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150)
 
 

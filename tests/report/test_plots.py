@@ -53,6 +53,14 @@ def test_a_plain_run_has_no_noise_to_draw(write_results, tmp_path):
         plot_noise(write_results("plain", 2.0), str(tmp_path / "noise.png"))
 
 
+def test_exact_match_has_an_axis_of_its_own(write_results, figures, tmp_path):
+    log_history = [*LOG_HISTORY, {"step": 2, "eval_exact_match": 0.25}]
+    plot_losses([write_results("plain", 2.5, log_history=log_history)], str(tmp_path / "losses.png"))
+    losses, shares = figures[0].axes
+    assert len(losses.lines) == 2 and shares.lines[0].get_xydata().tolist() == [[2, 0.25]]
+    assert losses.get_yscale() == "log" and shares.get_yscale() == "linear"
+
+
 def test_a_run_without_losses_says_so(write_results, tmp_path):
     with pytest.raises(ValueError, match="logging_steps"):
         plot_losses([write_results("plain", 2.0)], str(tmp_path / "losses.png"))
