@@ -74,6 +74,6 @@ def check_answers(answers: list[str], check: AnswerCheck, watch: WatchConfig) ->
         if not check(answer, answer):
             raise ValueError(
                 f"Held-out problem {number} has no answer that can be checked: {watch.filter} of {watch.task} would "
-                f"not count its own answer, which ends in {answer.strip()[-60:]!r}, as right. GSM8K's end in '#### 18'. "
-                "Choose another filter or task in evaluation.while_training, or leave that out."
+                f"not count its own answer, which ends in {answer.strip()[-60:]!r}, as right. GSM8K's end in "
+                "'#### 18'. Choose another filter or task in evaluation.while_training, or leave that out."
             )

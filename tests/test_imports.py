@@ -74,9 +74,10 @@ TABLE = {
     "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
     "trl_trainers": Row(ours="batches config"),
     "trainer": Row(
-        ours="architecture batches config loss model objective sharding trl_trainers",
+        ours="architecture batches config loss model objective progress sharding trl_trainers",
         others="accelerate peft torch transformers",
     ),
+    "progress": Row(others="transformers"),
     "generation_callback": Row(ours="architecture", others="torch transformers"),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "answers": Row(others="lm_eval torch"),
