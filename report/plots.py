@@ -3,6 +3,7 @@
 Matplotlib is imported by the functions that draw, so that tables and provenance work without it.
 """
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def plot_losses(result_files: list[str], path: str) -> None:
     share: Any = None  # the axis of exact match
     for number, result_file in enumerate(result_files):
         log_history, label = read_results(result_file)["log_history"], Path(result_file).parent.name
-        train, heldout = _curve(log_history, "nll"), _curve(log_history, "eval_nll")
+        train, heldout = _curve(log_history, "nll"), _curve(_on_the_way(log_history), "eval_nll")
         if not len(train):
             train = _curve(log_history, "loss")
         if len(train):
@@ -116,6 +117,12 @@ def plot_noise_level(result_file: str, path: str) -> None:
     axes.set_xticks([], minor=True)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def _on_the_way(log_history: list[dict]) -> list[dict]:
+    """What was logged up to the end of the training, as what follows may be of other problems; or all, if nothing."""
+    entries = list(takewhile(lambda entry: "train_runtime" not in entry, log_history))
+    return entries if any("eval_nll" in entry for entry in entries) else log_history
 
 
 def _curve(log_history: list[dict], name: str) -> np.ndarray:
