@@ -55,10 +55,9 @@ def test_a_plain_run_has_no_noise_to_draw(write_results, tmp_path):
 
 def test_the_scoring_at_the_end_is_no_point_of_the_curve(write_results, figures, tmp_path):
     end = [{"step": 3, "train_runtime": 1.0}, {"step": 3, "eval_nll": 9.0}]
-    for number, (log_history, expected) in enumerate([(LOG_HISTORY, [[2, 2.5]]), (LOG_HISTORY[:2], [[3, 9]])]):
-        plot_losses(
-            [write_results(f"run{number}", 2.5, log_history=[*log_history, *end])], str(tmp_path / "losses.png")
-        )
+    for number, (before, expected) in enumerate([(LOG_HISTORY, [[2, 2.5]]), (LOG_HISTORY[:2], [[3, 9]])]):
+        results = write_results(f"run{number}", 2.5, log_history=[*before, *end])
+        plot_losses([results], str(tmp_path / "losses.png"))
         assert figures[number].axes[0].lines[1].get_xydata().tolist() == expected
 
 
