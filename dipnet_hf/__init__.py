@@ -19,6 +19,7 @@ __all__ = [
     "DipSFTTrainer",
     "DipTrainer",
     "DipTrainerMixin",
+    "GenerationCallback",
     "dip_loss",
     "get_dip_model",
     "kl_weights",
@@ -32,6 +33,10 @@ def __getattr__(name: str):
         from . import trainer
 
         return getattr(trainer, name)
+    if name == "GenerationCallback":
+        from .generation_callback import GenerationCallback
+
+        return GenerationCallback
     if name == "DipSFTTrainer":
         from .sft_trainer import DipSFTTrainer
 

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .architecture import adds_router_loss, shifts_labels
 from .batches import expand_batch
@@ -25,6 +25,7 @@ from .config import DipConfig
 from .loss import class_outputs, sampled_data_terms
 from .model import DipModel
 from .objective import stability_outputs, stability_penalty
+from .progress import NoiseProgress
 from .sharding import local, whole
 from .trl_trainers import TRL_TRAINERS, check_ensemble, check_trl_trainer, find_trl_trainer, model_inputs
 
@@ -42,8 +43,8 @@ class DipTrainerMixin(_Base):
     """Trains a model from `get_dip_model` with eqs. (2) to (4). It stands before a Trainer class among the bases.
 
     Evaluation is noise-off and reports the base trainer's own loss. The terms, and the noise's std, are logged beside
-    the training loss. The log-variances have their own optimizer group. A model that needs it is calibrated on the
-    first batches of the training data.
+    the training loss, and the progress bar shows them. The log-variances have their own optimizer group. A model that
+    needs it is calibrated on the first batches of the training data.
 
     In TRL's trainers a reference has no noise, and the chosen and the rejected answer of a pair share theirs.
 
@@ -84,6 +85,9 @@ class DipTrainerMixin(_Base):
         self._sharded_calibration = ShardedCalibration()
         self.add_callback(self._sharded_calibration)
         self.add_callback(NoiseReport())
+        callbacks = self.callback_handler.callbacks
+        # Of that class itself: a bar of the user's own stays.
+        callbacks[:] = [NoiseProgress() if type(callback) is ProgressCallback else callback for callback in callbacks]
         self._is_set_up = True
 
     def _tuner(self) -> DipModel:

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+from datasets import Dataset
 from lm_eval import evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from dipnet_hf.answers import WritingLM
 from eval.calibration import calibration, confidences, metric_of
-from eval.task_files import check_data_files, resolve_tasks
+from eval.task_files import GSM8K_COLUMNS, check_data_files, resolve_tasks
 
 
 def score(
@@ -88,6 +90,47 @@ class Prompts:
 
     def _encode(self, prompt: str) -> list[int]:
         return self._lm.tok_batch_encode([prompt])[0][0].tolist()
+
+
+class AnswerCheck:
+    """Whether an answer is right, as a task over questions and answers scores it.
+
+    Args:
+        task (`str`): a task of `eval/tasks/`.
+        filter_name (`str`): which of its filters finds what an answer says.
+
+    Raises:
+        ValueError: there is no such task or filter, or the task reads or scores something else.
+    """
+
+    def __init__(self, task: str, filter_name: str) -> None:
+        (spec,) = resolve_tasks([task], {task: {"test": ""}})
+        columns = (spec.get("metadata") or {}).get("columns", GSM8K_COLUMNS)
+        if columns != GSM8K_COLUMNS or spec["output_type"] != "generate_until":
+            raise ValueError(
+                f"{task} does not compare a written answer with the one of a {' and '.join(GSM8K_COLUMNS)}: take "
+                "gsm8k_local or one like it."
+            )
+        # The task wants a document, and what is checked is given later.
+        spec["custom_dataset"] = lambda **_: {"test": Dataset.from_list([dict.fromkeys(GSM8K_COLUMNS, "")])}
+        self._task: Any = TaskManager(include_defaults=False).load([spec])["tasks"][task]
+        self._metric = metric_of(self._task)
+        filters = {pipeline.name: pipeline for pipeline in self._task._filters}
+        if filter_name not in filters:
+            raise ValueError(f"{task} has no filter {filter_name!r}; it has {', '.join(filters)}.")
+        self._filter = filters[filter_name]
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """What ends an answer."""
+        return list(self._task.config.generation_kwargs["until"])
+
+    def __call__(self, answer: str, reference: str) -> bool:
+        """Compare an answer with the one of the problem."""
+        problem = {"question": "", "answer": reference}
+        instance = Instance("generate_until", problem, (), 0, resps=[answer])
+        self._filter.apply([instance])
+        return bool(self._task.process_results(problem, [instance.filtered_resps[self._filter.name]])[self._metric])
 
 
 def _load_tasks(tasks: dict[str, str], max_new_tokens: int) -> Any:

@@ -21,6 +21,25 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from dipnet_hf import DipConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+WATCHED = {"loss", "nll", "exact_match"}  # what training.metric_for_best_model may name, after "eval_" or without
+
+
+@dataclass
+class WatchConfig:
+    """What is generated at every evaluation while a model trains.
+
+    Args:
+        num_problems (`int`): the first so many of the problems that the NLL is measured on.
+        task (`str`): a task of `eval/tasks` over questions and answers, which tells whether an answer is right.
+        filter (`str`): which of the task's filters finds what the answer says.
+    """
+
+    num_problems: int
+    task: str = "gsm8k_local"
+    filter: str = "strict-match"
+
+    def __post_init__(self):
+        _require_positive("evaluation.while_training.num_problems", self.num_problems, optional=False)
 
 
 @dataclass
@@ -34,6 +53,10 @@ class EvaluationConfig:
         limit (`int`, *optional*): problems per task; all of them when null.
         batch_size (`int`): rows generated at once; with `num_samples`, a prompt has so many.
         max_new_tokens (`int`): the longest answer.
+        while_training (`WatchConfig`, *optional*): also log the exact match of a few problems at every evaluation of
+            the training (`training.eval_strategy`), as `eval_exact_match`.
+        early_stopping_patience (`int`, *optional*): end the training after so many evaluations in a row that were no
+            better by `training.metric_for_best_model`, which is `loss`, `nll` or `exact_match`.
     """
 
     tasks: dict[str, str | None] = field(default_factory=lambda: {"gsm8k_local": None})
@@ -41,16 +64,20 @@ class EvaluationConfig:
     limit: int | None = None
     batch_size: int = 64
     max_new_tokens: int = 256
+    while_training: WatchConfig | None = None
+    early_stopping_patience: int | None = None
 
     def __post_init__(self):
+        if self.while_training is not None and not isinstance(self.while_training, WatchConfig):
+            self.while_training = _watch_config(self.while_training)
         if isinstance(self.tasks, list):
             self.tasks = dict.fromkeys(self.tasks)
         if not isinstance(self.tasks, dict):
             raise ValueError(
                 f"evaluation.tasks must be a list or a mapping, got {self.tasks!r}; write [{self.tasks}]."
             )
-        for name in ("num_samples", "limit", "batch_size", "max_new_tokens"):
-            optional = name in ("num_samples", "limit")
+        for name in ("num_samples", "limit", "batch_size", "max_new_tokens", "early_stopping_patience"):
+            optional = name not in ("batch_size", "max_new_tokens")
             _require_positive(f"evaluation.{name}", getattr(self, name), optional)
 
 
@@ -169,7 +196,33 @@ class FinetuneConfig:
             raise ValueError("evaluation.num_samples scores tasks, and evaluation.tasks has none; leave it out.")
         if self.evaluation.num_samples is not None and self.dip is None:
             raise ValueError("evaluation.num_samples with dip: null: a plain model has no noisy passes; leave it out.")
+        self._check_watching()
         self.dip_config()  # for its errors
+
+    def _check_watching(self) -> None:
+        """Refuse what would be looked for at an evaluation and not be there."""
+        evaluation, metric = self.evaluation, self.training.get("metric_for_best_model")
+        asked = [name for name in ("while_training", "early_stopping_patience") if getattr(evaluation, name)]
+        if asked and self.training.get("eval_strategy") in (None, False, "no"):
+            raise ValueError(
+                f"evaluation.{asked[0]} is for evaluations on the way, and there are none: set training.eval_strategy "
+                "to steps or epoch."
+            )
+        if evaluation.early_stopping_patience is not None and metric is None:
+            raise ValueError(
+                "evaluation.early_stopping_patience needs to know what must get better: set "
+                "training.metric_for_best_model to nll, loss or exact_match."
+            )
+        if metric is not None and (name := str(metric).removeprefix("eval_")) not in WATCHED:
+            raise ValueError(
+                f"training.metric_for_best_model is {metric!r}, which no evaluation reports; "
+                f"{did_you_mean(name, WATCHED)}"
+            )
+        if metric in ("exact_match", "eval_exact_match") and evaluation.while_training is None:
+            raise ValueError(
+                f"training.metric_for_best_model: {metric} is measured by generating: set evaluation.while_training, "
+                "such as {num_problems: 32}."
+            )
 
     def _check_quantization(self, fields: dict) -> None:
         if self.weights == "full":
@@ -228,8 +281,10 @@ class FinetuneConfig:
         return None if self.dip is None else DipConfig(weights=self.peft_config(), **self.dip)
 
     def training_arguments(self) -> TrainingArguments:
-        """Build the `TrainingArguments`."""
-        return _training_arguments(self.training)
+        """Build the `TrainingArguments`; a resumed run goes on counting towards an early stop."""
+        if self.evaluation.early_stopping_patience is None:
+            return _training_arguments(self.training)
+        return _training_arguments({"restore_callback_states_from_checkpoint": True, **self.training})
 
 
 @dataclass
@@ -298,6 +353,8 @@ def _training_arguments(training: dict) -> TrainingArguments:
         name: "no" if name.endswith("_strategy") and value is False else value  # an unquoted `no` is False in YAML
         for name, value in training.items()
     }
+    if training.get("metric_for_best_model") in ("nll", "eval_nll"):
+        training = {"greater_is_better": False, **training}  # transformers knows of "loss" alone that less is better
     arguments = TrainingArguments(**{"dataloader_pin_memory": torch.accelerator.is_available(), **training})
     if arguments.data_seed is None:
         arguments.data_seed = arguments.seed
@@ -427,6 +484,13 @@ def did_you_mean(given, allowed: Iterable[str], prefix: str = "") -> str:
     nearest = get_close_matches(str(given), sorted(allowed), n=3, cutoff=0.4)
     names = ", ".join(prefix + name for name in nearest or sorted(allowed))
     return f"did you mean {names}?" if nearest else f"allowed are {names}."
+
+
+def _watch_config(values) -> WatchConfig:
+    _check_keys("evaluation.while_training", values, _field_names(WatchConfig))
+    if "num_problems" not in values:
+        raise ValueError("evaluation.while_training lacks num_problems: write for instance {num_problems: 32}.")
+    return WatchConfig(**values)
 
 
 def _field_names(config_class: type) -> set[str]:

@@ -5,9 +5,9 @@
     accelerate launch recipes/finetune.py recipes/configs/smollm2-gsm8k-chat.yaml --show-examples 3
 
 Plain `python` works too. The output folder receives the model or adapter, the tokenizer, `config.yaml`, the held-out
-problems in `data/test.jsonl` and `results.json`. `dip: null` in the configuration is plain fine-tuning of the same
-weights on the same data in the same order. A run that was interrupted resumes from its last checkpoint when started
-again with the same configuration.
+problems in `data/test.jsonl`, `results.json` and `losses.png`. `dip: null` in the configuration is plain fine-tuning
+of the same weights on the same data in the same order. A run that was interrupted resumes from its last checkpoint
+when started again with the same configuration.
 """
 
 import argparse
@@ -47,7 +47,8 @@ from recipes.running import (
     write_results,
 )
 from recipes.tokens import Chat, tokenize
-from report import format_summary, provenance
+from recipes.watching import make_callbacks, watched
+from report import format_summary, plot_losses, provenance
 from report.output_folder import occupied, write_whole
 
 
@@ -99,6 +100,7 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
         compute_metrics=mean_nll,
     )
     check_scoring(trainer, config, data)
+    watchers = make_callbacks(trainer, tokenizer, config, data)
     if config.evaluation.tasks:
         check_prompts(model, tokenizer, config, data)
     if dry_run:
@@ -107,7 +109,8 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
 
     if trainer.is_world_process_zero():
         write_inputs(output_dir, config, data)
-    train(trainer, last_whole_checkpoint(output_dir))
+    with watched(trainer, watchers):
+        train(trainer, last_whole_checkpoint(output_dir))
     trainer.data_collator = make_collator(tokenizer)  # an ensemble takes padded rows
     evaluated = evaluate(trainer, eval_set)
     save_model(trainer, output_dir)
@@ -138,7 +141,9 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
     }
     write_results(output_dir / "results.json", results)
     print(format_summary(results))
-    print(f"Model, tokenizer, config.yaml and results.json are in {output_dir}")
+    if any("loss" in entry for entry in log_history):
+        plot_losses([str(output_dir / "results.json")], str(output_dir / "losses.png"))
+    print(f"Model, tokenizer, config.yaml, results.json and losses.png are in {output_dir}")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -229,7 +234,13 @@ def evaluate(trainer: Trainer, heldout, name: str = "eval", num_samples: int = 1
 
 
 def check_scoring(trainer: Trainer, config: FinetuneConfig, data: PreparedData) -> None:
-    """Refuse a scoring that could not run after the training."""
+    """Refuse a scoring that could not run after the training, or on the way."""
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if is_sharded and (config.evaluation.tasks or config.evaluation.while_training):
+        raise ValueError(
+            "A sharded model cannot generate; set evaluation.tasks=[] and evaluation.while_training=null, and score "
+            "it with eval/run.py."
+        )
     if not config.evaluation.tasks:
         return
     scores_test_split = None in config.evaluation.tasks.values()
@@ -241,8 +252,6 @@ def check_scoring(trainer: Trainer, config: FinetuneConfig, data: PreparedData) 
             f"The tasks read {' and '.join(COLUMNS)}, and a test split has {', '.join(others[0])}: give each task a "
             "file of its own, evaluation.tasks={gsm8k_local: FILE}, or none, evaluation.tasks=[]."
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError("A sharded model cannot generate; set evaluation.tasks=[] and score it with eval/run.py.")
 
 
 def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:

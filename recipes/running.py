@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
@@ -143,15 +144,17 @@ def warn_of_other_processes(checkpoint: str, num_processes: int) -> None:
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, from a checkpoint if there is one.
 
-    A run that was interrupted after its last step is only loaded: resumed at `max_steps` amid an epoch, the Trainer of
-    transformers 5.23 would train a step more.
+    A run that was interrupted after its last step, or after it was stopped early, is only loaded: resumed at
+    `max_steps` amid an epoch, the Trainer of transformers 5.23 would train a step more.
     """
     if checkpoint is not None:
         warn_of_other_processes(checkpoint, trainer.args.world_size)
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or was_stopped(state):
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
+            if trainer.args.load_best_model_at_end:
+                trainer._load_best_model()
             return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -163,6 +166,12 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
             f"A checkpoint could not be written to {trainer.args.output_dir}: is the disk full? The run resumes from "
             "the one before."
         ) from error
+
+
+def was_stopped(state: TrainerState) -> bool:
+    """Whether a callback, such as one of early stopping, had ended the training when this state was saved."""
+    callbacks: Any = state.stateful_callbacks  # a mapping, once it was saved
+    return callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 Matplotlib is imported by the functions that draw, so that tables and provenance work without it.
 """
 
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from report.results import read_results
 
 
 def plot_losses(result_files: list[str], path: str) -> None:
-    """Draw the training NLL of each run by step, and its held-out NLL where it was measured.
+    """Draw the training NLL of each run by step, and its held-out NLL and exact match where they were measured.
 
     A DIP run's `loss` includes the prior; its data term, `nll`, is drawn, which compares with a plain run's `loss`.
 
@@ -26,13 +28,17 @@ def plot_losses(result_files: list[str], path: str) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    share: Any = None  # the axis of exact match
     for number, result_file in enumerate(result_files):
         log_history, label = read_results(result_file)["log_history"], Path(result_file).parent.name
-        train, heldout = _curve(log_history, "nll"), _curve(log_history, "eval_nll")
+        train, heldout = _curve(log_history, "nll"), _curve(_on_the_way(log_history), "eval_nll")
         if not len(train):
             train = _curve(log_history, "loss")
         if len(train):
             axes.plot(*train.T, color=f"C{number}", label=f"{label}, training NLL")
+        if len(right := _curve(log_history, "eval_exact_match")):
+            share = share or axes.twinx()
+            share.plot(*right.T, color=f"C{number}", linestyle=":", marker="s", label=f"{label}, exact match")
         if len(heldout):
             axes.plot(*heldout.T, color=f"C{number}", linestyle="--", marker="o", label=f"{label}, held-out NLL")
     if not axes.lines:
@@ -40,7 +46,9 @@ def plot_losses(result_files: list[str], path: str) -> None:
             f"No loss in {', '.join(map(str, result_files))}; lower training.logging_steps for the next run."
         )
     axes.set(xlabel="step", ylabel="nats per token", yscale="log")
-    axes.legend()
+    if share is not None:
+        share.set(ylabel="exact match", ylim=(-0.02, 1.02))
+    figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150)
 
 
@@ -109,6 +117,12 @@ def plot_noise_level(result_file: str, path: str) -> None:
     axes.set_xticks([], minor=True)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def _on_the_way(log_history: list[dict]) -> list[dict]:
+    """What was logged up to the end of the training, as what follows may be of other problems; or all, if nothing."""
+    entries = list(takewhile(lambda entry: "train_runtime" not in entry, log_history))
+    return entries if any("eval_nll" in entry for entry in entries) else log_history
 
 
 def _curve(log_history: list[dict], name: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
-from dipnet_hf import dip_loss
+from dipnet_hf import GenerationCallback, dip_loss
 from dipnet_hf.sharding import fill, is_sharded, local, whole
 from dipnet_hf.trainer import check_strategy, share_level
 from recipes.running import prepare_quantized
@@ -35,6 +35,7 @@ from tests.helpers import (
     record,
     run_in_processes,
     trained_model,
+    word_tokenizer,
 )
 from tests.tiny_models import build, build_with_outliers
 
@@ -70,9 +71,26 @@ def train_rank(rank, folder):
             DistributedDataParallel(make_model(True, noise_scale="absolute").train(), static_graph=static_graph), rank
         )
         torch.save(result, f"{folder}/gradients-{static_graph}-{rank}.pt")
+    torch.save(watched_results(folder), f"{folder}/watched-{rank}.pt")
     check_parts(rank)
     compare_sharded(SHARDED, rank, folder)
     torch.save(calibration_results(rank, folder), f"{folder}/calibration-{rank}.pt")
+
+
+def watched_results(folder):
+    """What this process logs of three problems while training, and which of them it answers itself."""
+    trainer = make_trainer(dip_model(), make_rows(), folder, eval_strategy="steps", eval_steps=1)
+    trainer.processing_class = word_tokenizer()
+    answered = []
+
+    def is_right(answer, reference):
+        answered.append(reference)
+        return reference != 1
+
+    trainer.add_callback(GenerationCallback(trainer, [[5, 9], [7], [4, 8]], [0, 1, 2], is_right, max_new_tokens=2))
+    trainer.train()
+    logged = [entry["eval_exact_match"] for entry in trainer.state.log_history if "eval_exact_match" in entry]
+    return {"logged": logged, "answered": answered}
 
 
 def gradients_of(model, rank):
@@ -297,6 +315,12 @@ def test_gradients_are_averaged_though_the_loss_is_computed_from_hidden_states(r
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]), name
     assert any("lm_head" in name for name in first) and any("dip_logvar" in name for name in first)
+
+
+def test_processes_share_the_problems_that_are_generated_while_training(runs):
+    first, second = (torch.load(f"{runs}/watched-{rank}.pt") for rank in (0, 1))
+    assert (first["answered"], second["answered"]) == ([0, 2] * 2, [1] * 2)
+    assert first["logged"] == second["logged"] == [pytest.approx(2 / 3)] * 2
 
 
 @pytest.mark.parametrize("name", [*SHARDED, *FOUR_PROCESSES])

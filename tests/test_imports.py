@@ -74,16 +74,20 @@ TABLE = {
     "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
     "trl_trainers": Row(ours="batches config"),
     "trainer": Row(
-        ours="architecture batches config loss model objective sharding trl_trainers",
+        ours="architecture batches config loss model objective progress sharding trl_trainers",
         others="accelerate peft torch transformers",
     ),
+    "progress": Row(others="transformers"),
+    "generation_callback": Row(ours="architecture", others="torch transformers"),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "axolotl": Row(ours="config trainer", others="axolotl peft pydantic"),
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),
     "lm_eval_model": Row(ours="answers ensemble model noise responses", others="lm_eval peft torch transformers"),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
-    "__init__": Row(ours="config ensemble loss model objective registry", lazy="sft_trainer trainer"),
+    "__init__": Row(
+        ours="config ensemble loss model objective registry", lazy="generation_callback sft_trainer trainer"
+    ),
 }
 
 

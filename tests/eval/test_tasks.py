@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from dipnet_hf.answers import Answer, WritingLM
-from eval.scoring import score
+from eval.scoring import AnswerCheck, score
 from eval.task_files import TASKS, resolve_tasks
 from eval.tasks.svamp.utils import parse_number
 from recipes.tiny_model import tiny_llama, train_tokenizer
@@ -291,6 +291,32 @@ def test_filters_on_frozen_answers(write_problems, name, rows):
     matches = evaluate_answers(task, {prompt: row[1] for prompt, row in zip(asked, rows)})
     assert matches["strict-match"] == [row[2] for row in rows]
     assert matches["flexible-extract"] == [row[3] for row in rows]
+
+
+@pytest.mark.parametrize("name, rows", [("gsm8k_local", FROZEN), ("gsm8k_cot_local", FROZEN_COT)])
+def test_an_answer_by_itself_is_checked_as_in_a_scoring(name, rows):
+    for filter_name, place in (("strict-match", 2), ("flexible-extract", 3)):
+        check = AnswerCheck(name, filter_name)
+        assert [check(row[1], f"So it is.\n#### {row[0]}") for row in rows] == [bool(row[place]) for row in rows]
+    assert "</s>" in check.stop_strings
+
+
+@pytest.mark.parametrize(
+    "name, filter_name, message",
+    [
+        ("gsm9k", "strict-match", "No task called gsm9k"),
+        ("gsm8k_local", "strict", "gsm8k_local has no filter 'strict'; it has strict-match, flexible-extract"),
+        (
+            "svamp",
+            "strict-match",
+            "svamp does not compare a written answer with the one of a question and answer: take",
+        ),
+        ("aqua_rat_local", "none", "aqua_rat_local does not compare a written answer"),
+    ],
+)
+def test_what_does_not_check_answers_is_refused(name, filter_name, message):
+    with pytest.raises(ValueError, match=message):
+        AnswerCheck(name, filter_name)
 
 
 @pytest.mark.parametrize(

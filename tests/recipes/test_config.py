@@ -7,7 +7,7 @@ import yaml
 from peft import LoraConfig
 
 from dipnet_hf import DipConfig
-from recipes.config import DataSetConfig, dump_config, load_config, load_distill_config
+from recipes.config import DataSetConfig, WatchConfig, dump_config, load_config, load_distill_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -151,11 +151,53 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
         (["apply_chat_template=chatml"], {}, "apply_chat_template must be true or false, got 'chatml'"),
         (["packing=bfd"], {}, "packing must be true or false, got 'bfd'"),
         (["system_prompt=[a]"], {}, "system_prompt must be text or null"),
+        (["evaluation.while_training=8"], {}, "evaluation.while_training must hold `key: value` lines, got 8"),
+        (
+            ["evaluation.while_training.num_problem=8"],
+            {},
+            "Unknown key evaluation.while_training.num_problem;",
+        ),
+        (["evaluation.while_training.task=gsm8k_local"], {}, "evaluation.while_training lacks num_problems"),
+        (["evaluation.while_training.num_problems=0"], {}, "while_training.num_problems must be a positive integer"),
+        (
+            ["evaluation.while_training.num_problems=8"],
+            {},
+            "evaluations on the way, .*: set training.eval_strategy",
+        ),
+        (["evaluation.early_stopping_patience=0"], {}, "early_stopping_patience must be a positive integer or null"),
+        (["evaluation.early_stopping_patience=2"], {}, "early_stopping_patience is for evaluations on the way"),
+        (
+            ["evaluation.early_stopping_patience=2", "training.eval_strategy=epoch"],
+            {},
+            "needs to know what must get better: set training.metric_for_best_model",
+        ),
+        (
+            ["training.metric_for_best_model=exactmatch", "validation_fraction=0.1"],
+            {},
+            "'exactmatch', which no evaluation reports; did you mean exact_match",
+        ),
+        (
+            ["training.metric_for_best_model=eval_exact_match", "validation_fraction=0.1"],
+            {},
+            "is measured by generating: set evaluation.while_training",
+        ),
     ],
 )
 def test_mistakes_are_named(load, overrides, changes, message):
     with pytest.raises(ValueError, match=message):
         load(*overrides, **changes)
+
+
+def test_what_watches_a_training_loads_and_says_which_way_is_better(load):
+    settings = ("evaluation.while_training.num_problems=8", "training.eval_strategy=epoch", "validation_fraction=0.1")
+    for metric, is_greater in (("nll", False), ("eval_nll", False), ("loss", False), ("exact_match", True)):
+        config = load(*settings, "evaluation.early_stopping_patience=2", f"training.metric_for_best_model={metric}")
+        arguments = config.training_arguments()
+        assert arguments.greater_is_better is is_greater and arguments.restore_callback_states_from_checkpoint
+    assert config.evaluation.while_training == WatchConfig(8, "gsm8k_local", "strict-match")
+    given = load(*settings, "training.metric_for_best_model=nll", "training.greater_is_better=true")
+    assert given.training_arguments().greater_is_better is True
+    assert not given.training_arguments().restore_callback_states_from_checkpoint
 
 
 def test_a_dataset_is_one_or_a_mixture(load):

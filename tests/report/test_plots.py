@@ -53,6 +53,22 @@ def test_a_plain_run_has_no_noise_to_draw(write_results, tmp_path):
         plot_noise(write_results("plain", 2.0), str(tmp_path / "noise.png"))
 
 
+def test_the_scoring_at_the_end_is_no_point_of_the_curve(write_results, figures, tmp_path):
+    end = [{"step": 3, "train_runtime": 1.0}, {"step": 3, "eval_nll": 9.0}]
+    for number, (before, expected) in enumerate([(LOG_HISTORY, [[2, 2.5]]), (LOG_HISTORY[:2], [[3, 9]])]):
+        results = write_results(f"run{number}", 2.5, log_history=[*before, *end])
+        plot_losses([results], str(tmp_path / "losses.png"))
+        assert figures[number].axes[0].lines[1].get_xydata().tolist() == expected
+
+
+def test_exact_match_has_an_axis_of_its_own(write_results, figures, tmp_path):
+    log_history = [*LOG_HISTORY, {"step": 2, "eval_exact_match": 0.25}]
+    plot_losses([write_results("plain", 2.5, log_history=log_history)], str(tmp_path / "losses.png"))
+    losses, shares = figures[0].axes
+    assert len(losses.lines) == 2 and shares.lines[0].get_xydata().tolist() == [[2, 0.25]]
+    assert losses.get_yscale() == "log" and shares.get_yscale() == "linear"
+
+
 def test_a_run_without_losses_says_so(write_results, tmp_path):
     with pytest.raises(ValueError, match="logging_steps"):
         plot_losses([write_results("plain", 2.0)], str(tmp_path / "losses.png"))
