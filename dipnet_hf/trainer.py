@@ -6,9 +6,7 @@ stability term.
 
 import itertools
 import logging
-import operator
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .architecture import adds_router_loss, shifts_labels
 from .batches import expand_batch
 from .config import DipConfig
+from .logvar_groups import give_own_groups, share_level, shared_level, warn_of_given_groups
 from .loss import class_outputs, sampled_data_terms
 from .model import DipModel
 from .objective import stability_outputs, stability_penalty
 from .progress import NoiseProgress
-from .sharding import local, whole
+from .replay import Replayed, may_be_read_once
 from .trl_trainers import TRL_TRAINERS, check_ensemble, check_trl_trainer, find_trl_trainer, model_inputs
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
@@ -136,8 +134,8 @@ class DipTrainerMixin(_Base):
         """The batches for calibration; the training run draws what it would have drawn without this."""
         with torch.random.fork_rng(devices=[]):
             # A worker process reads a copy.
-            if self.args.dataloader_num_workers == 0 and _may_be_read_once(self.train_dataset):
-                self.train_dataset = _Replayed(self.train_dataset)
+            if self.args.dataloader_num_workers == 0 and may_be_read_once(self.train_dataset):
+                self.train_dataset = Replayed(self.train_dataset)
             loader = self.get_train_dataloader()
             yield map(self._calibration_batch, itertools.islice(loader, _NUM_CALIBRATION_BATCHES))
         # A loader that was left before its end still counts as being read.
@@ -166,7 +164,7 @@ class DipTrainerMixin(_Base):
         """
         logvars = [logvar for logvar in self._tuner().logvars() if logvar.requires_grad]
         if self.optimizer is not None:
-            _warn_of_given_groups(self.optimizer.param_groups, logvars)
+            warn_of_given_groups(self.optimizer.param_groups, logvars)
             return super().create_optimizer(*args, **kwargs)
         try:
             super().create_optimizer(*args, **kwargs)
@@ -176,14 +174,7 @@ class DipTrainerMixin(_Base):
                 "optimizer of matrices, such as Muon, does not take. Use one that does, such as AdamW."
             ) from error
         optimizer: Any = self.optimizer  # what an override returns may be nothing
-        own = {"weight_decay": 0.0, "lr": self._tuner().active_dip_config.logvar_learning_rate}
-        groups = [part | own for group in optimizer.param_groups if (part := _take_out(group, logvars))["params"]]
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]] + groups
-        held = {id(logvar) for group in groups for logvar in group["params"]}
-        if left_out := [logvar for logvar in logvars if id(logvar) not in held]:
-            is_named = any("param_names" in group for group in optimizer.param_groups)
-            names = [(f"dip_logvar.{i}", logvar) for i, logvar in enumerate(left_out)]
-            optimizer.add_param_group({"params": names if is_named else left_out} | own)
+        give_own_groups(optimizer, logvars, self._tuner().active_dip_config.logvar_learning_rate)
         if self.is_deepspeed_enabled:  # its ZeRO takes the gradients away before the optimizer's step
             for logvar in logvars:
                 logvar.register_hook(lambda gradient: gradient + shared_level(gradient))
@@ -368,94 +359,6 @@ def check_strategy(accelerator: Any) -> None:
             f"{' and '.join(given)} of parallelism_config: {', '.join(names.values())} parallelism are not supported, "
             "as processes that share a row would draw different noise for it. Use dp_shard_size and dp_replicate_size."
         )
-
-
-def _may_be_read_once(dataset: Any) -> bool:
-    """Whether a dataset is a stream that may not begin anew; those of `datasets` do."""
-    return isinstance(dataset, IterableDataset) and type(dataset).__module__.partition(".")[0] != "datasets"
-
-
-class _Replayed(IterableDataset):
-    """A stream whose second reading begins with what the first has read, and goes on where that ended.
-
-    Args:
-        stream (`IterableDataset`): read by calibration, by the first epoch, and then as it is.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._num_readings = 0
-        self._rows: Iterator = iter(())
-        self._read: list = []
-
-    def __iter__(self) -> Iterator:
-        self._num_readings += 1
-        if self._num_readings == 1:
-            self._rows = iter(self._stream)
-            for row in self._rows:
-                self._read.append(row)
-                yield row
-        elif self._num_readings == 2:
-            yield from self._read
-            self._read = []
-            yield from self._rows
-        else:
-            yield from self._stream
-
-    def __len__(self) -> int:
-        return len(self._stream)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__.get("_stream"), name)
-
-
-# Lists in an optimizer's group with an entry per parameter: of PyTorch for named parameters, and of PEFT's LoRA-FA.
-_BESIDE_PARAMS = ("param_names", "names", "scaling_factors")
-
-
-def _take_out(group: dict[str, Any], logvars: list[torch.nn.Parameter]) -> dict[str, Any]:
-    """Take the log-variances out of an optimizer's group, and return one like it that holds them alone."""
-    ids = {id(logvar) for logvar in logvars}
-    is_logvar = [id(parameter) in ids for parameter in group["params"]]
-    part = dict(group)
-    for name in {"params", *_BESIDE_PARAMS} & set(group):
-        part[name] = list(itertools.compress(group[name], is_logvar))
-        group[name] = list(itertools.compress(group[name], map(operator.not_, is_logvar)))
-    return part
-
-
-def _warn_of_given_groups(groups: list[dict[str, Any]], logvars: list[torch.nn.Parameter]) -> None:
-    decays = {id(parameter): group.get("weight_decay", 0.0) for group in groups for parameter in group["params"]}
-    advice = (
-        "Give them a group of their own: {'params': model.logvars(), 'weight_decay': 0.0, 'lr': "
-        "config.logvar_learning_rate}, or let the trainer make the optimizer."
-    )
-    if any(id(logvar) not in decays for logvar in logvars):
-        warnings.warn(f"The optimizer that was given does not train the log-variances. {advice}", stacklevel=3)
-    elif any(decays[id(logvar)] for logvar in logvars):
-        warnings.warn(f"The optimizer that was given decays the log-variances. {advice}", stacklevel=3)
-
-
-@torch.no_grad()
-def share_level(logvars: list[torch.nn.Parameter]) -> None:
-    """Add to every channel's gradient `sqrt(D)` times their mean, before an optimizer's step.
-
-    With one noise sample the gradient of one channel's log-variance is nearly all noise (SmolLM2-135M: the mean is
-    0.02 of the standard deviation), that of the level they share is not (0.4). So the level learns within a hundred
-    steps of Adam, which would take thousands for each channel by itself. A gradient of zero stays zero: the optimum is
-    the same.
-
-    Args:
-        logvars (`list`): parameters of shape `(D,)`, one per site; those without a gradient are passed over.
-    """
-    for logvar in logvars:
-        if logvar.grad is not None:
-            local(logvar.grad).add_(shared_level(whole(logvar.grad)))
-
-
-def shared_level(gradient: torch.Tensor) -> torch.Tensor:
-    """What `share_level` adds to a gradient of shape `(D,)`: a scalar, and linear, so gradients may add up later."""
-    return gradient.mean() * gradient.numel() ** 0.5 * (gradient.numel() > 1)
 
 
 class DipTrainer(DipTrainerMixin, Trainer):

@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
 from dipnet_hf import GenerationCallback, dip_loss
+from dipnet_hf.logvar_groups import share_level
 from dipnet_hf.sharding import fill, is_sharded, local, whole
-from dipnet_hf.trainer import check_strategy, share_level
+from dipnet_hf.trainer import check_strategy
 from recipes.running import prepare_quantized
 from tests.helpers import (
     WEIGHTS,

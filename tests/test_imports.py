@@ -73,8 +73,10 @@ TABLE = {
     # What uses it.
     "loss": Row(ours="architecture batches config data_loss hidden_states objective", others="accelerate torch"),
     "trl_trainers": Row(ours="batches config"),
+    "logvar_groups": Row(ours="sharding", others="torch"),
+    "replay": Row(others="torch"),
     "trainer": Row(
-        ours="architecture batches config loss model objective progress sharding trl_trainers",
+        ours="architecture batches config logvar_groups loss model objective progress replay trl_trainers",
         others="accelerate peft torch transformers",
     ),
     "progress": Row(others="transformers"),

@@ -11,7 +11,7 @@ from peft.optimizers import create_lorafa_optimizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from dipnet_hf import DipTrainer, DipTrainerMixin, dip_loss
-from dipnet_hf.trainer import ShardedCalibration, share_level
+from dipnet_hf.trainer import ShardedCalibration
 from tests.helpers import (
     HasALossOfItsOwn,
     collate,
@@ -117,14 +117,6 @@ def test_logvar_has_its_own_group_without_decay(rows, tmp_path):
     assert [group["weight_decay"] for group in others] == [0.5, 0.0]
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
-
-
-def test_the_channels_of_a_site_learn_their_level_together():
-    channels, alone, idle = (torch.nn.Parameter(torch.zeros(size)) for size in (4, 1, 4))
-    channels.grad, alone.grad = torch.tensor([1.0, 2.0, -1.0, 2.0]), torch.tensor([3.0])
-    share_level([channels, alone, idle])
-    assert torch.equal(channels.grad, torch.tensor([3.0, 4.0, 1.0, 4.0]))  # mean 1, root of 4 is 2
-    assert torch.equal(alone.grad, torch.tensor([3.0])) and idle.grad is None
 
 
 def test_a_step_takes_what_channels_share(rows, tmp_path):
