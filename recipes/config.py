@@ -132,7 +132,8 @@ class FinetuneConfig:
         max_train_samples (`int`, *optional*): train on the first so many sequences that fit.
         packing (`bool`): join training sequences to rows of up to `max_length` tokens; needs a flash attention, and
             TRL, which chooses what is joined.
-        max_eval_samples (`int`, *optional*): hold out the first so many test problems of each dataset.
+        max_eval_samples (`int`, *optional*): hold out the first so many test problems of each dataset, and of each
+            file of `evaluation.tasks`.
         num_validation_samples (`int`, *optional*): keep the last so many training problems from training, for
             evaluation on the way (`training.eval_strategy`); null evaluates on the test problems. With
             `training.metric_for_best_model: nll` the best checkpoint is scored beside the last.

@@ -65,9 +65,14 @@ def _load(data_set: DataSetConfig, config: FinetuneConfig) -> DatasetDict:
         splits = hold_out(splits, config.num_validation_samples)
     if config.validation_fraction is not None:
         splits = hold_out_fraction(splits, config.validation_fraction)
-    if config.max_eval_samples is not None and "test" in splits:
-        splits["test"] = splits["test"].select(range(min(config.max_eval_samples, len(splits["test"]))))
+    if "test" in splits:
+        splits["test"] = first_rows(splits["test"], config.max_eval_samples)
     return splits
+
+
+def first_rows(rows: Dataset, number: int | None) -> Dataset:
+    """The first so many rows; all of them where `number` is None or more than there are."""
+    return rows if number is None else rows.select(range(min(number, len(rows))))
 
 
 def hold_out(problems: DatasetDict, num_samples: int) -> DatasetDict:

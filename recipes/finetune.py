@@ -29,7 +29,7 @@ from dipnet_hf import DipTrainer, get_dip_model
 from dipnet_hf.card import read_noise
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
-from recipes.data import PreparedData, heldout_lines, heldout_set, make_collator, prepare_data
+from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, make_collator, prepare_data
 from recipes.examples import print_examples
 from recipes.formats import COLUMNS
 from recipes.packing import PaddingFreeCollator, check_packing, is_padding_free, pack
@@ -181,6 +181,7 @@ def prepare_tasks(config: FinetuneConfig, tokenizer, chat: Chat | None) -> dict[
     """Read and tokenize the problems of the tasks that bring a file of their own."""
     files = {name: path for name, path in config.evaluation.tasks.items() if path is not None}
     problems = {name: Dataset.from_list(read_problems(path)) for name, path in files.items()}
+    problems = {name: first_rows(rows, config.max_eval_samples) for name, rows in problems.items()}
     tokens = {name: tokenize(rows, tokenizer, chat) for name, rows in problems.items()}
     return {name: heldout_set(rows, config.max_length)[0] for name, rows in tokens.items()}
 

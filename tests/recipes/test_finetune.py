@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from dipnet_hf.answers import WritingLM
 from recipes import finetune, packing
 from recipes.config import load_config
-from recipes.running import load_base
+from recipes.running import load_base, load_tokenizer
 from recipes.tokens import format_prompt
 from report.output_folder import occupied
 from tests.helpers import losses, read_results, write_jsonl
@@ -200,6 +201,16 @@ def test_overrides_reach_the_run(run):
     assert (metrics["num_steps"], metrics["num_train_sequences"], metrics["num_eval_problems"]) == (1, 3, 2)
     assert len((folder / "data" / "test.jsonl").read_text().splitlines()) == 2
     assert yaml.safe_load((folder / "config.yaml").read_text())["max_eval_samples"] == 2
+
+
+def test_a_tasks_own_file_is_held_out_in_part_too(run, tmp_path):
+    path = tmp_path / "other.jsonl"
+    write_jsonl(path, [{"question": "w3 w4", "answer": f"w{5 + i} #### {i}"} for i in range(4)])
+    folder = run("--dry-run", "--set", f"evaluation.tasks={{gsm8k_local: {path}}}")
+    config = load_config(str(folder.with_suffix(".yaml")), [f"evaluation.tasks={{gsm8k_local: {path}}}"])
+    for number, expected in ((None, 4), (3, 3), (9, 4)):
+        sets = finetune.prepare_tasks(replace(config, max_eval_samples=number), load_tokenizer(config), None)
+        assert {name: len(rows) for name, rows in sets.items()} == {"gsm8k_local": expected}
 
 
 def test_a_finished_run_is_not_run_over(run):
