@@ -1,4 +1,4 @@
-"""The architectures of the paper's six models, for measurements and tests that need their shapes and not their weights."""
+"""The architectures of the paper's six models, for what needs their shapes and not their weights."""
 
 from transformers import Gemma3Config, LlamaConfig, PretrainedConfig, Qwen2Config
 

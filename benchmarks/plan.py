@@ -2,10 +2,10 @@
 
     python benchmarks/plan.py                    # all rows, table and benchmarks/results/plan-cpu.json
 
-Real models, in `runs/models`, by the configurations of `recipes/configs/`, with random tokens in batches of 4 x 128, one
-of which is padded. The measured peak is the resident memory that two steps of the trainer add to a process of its own,
-the loaded model included. What loading takes meanwhile is not: the peak is forgotten before the first step. Memory that
-is freed is given back at once (`MALLOC_MMAP_THRESHOLD_`), or else glibc keeps some of it. For a CPU.
+Real models, in `runs/models`, by the configurations of `recipes/configs/`, in batches of 4 x 128 random tokens, the
+last of which is padded. The measured peak is the resident memory that two steps of the trainer add to a process of its
+own, the loaded model included, but not what loading takes: the peak is forgotten before the first step. Memory
+that is freed is given back at once (`MALLOC_MMAP_THRESHOLD_`), or else glibc keeps some of it. For a CPU.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def measured_peak(config: FinetuneConfig) -> int:
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     if trainer.args.activation_checkpointing:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     trainer.model.train()
     batch = make_batch(trainer.model.config.get_text_config().vocab_size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now

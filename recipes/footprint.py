@@ -1,7 +1,7 @@
 """What one training step takes, in memory and in operations, found by running it on tensors that hold no data.
 
 The network, its noise, its loss and its optimizer are the real ones. Each operation tells the shapes of its results,
-and what is alive at the same time is added up. What devices there are and what fits is the matter of `recipes/plan.py`.
+and what is alive at the same time is added up. Launches, devices and what fits are the matter of `recipes/plan.py`.
 
 Shape legend: B batch, L sequence, S samples, D hidden size, V vocabulary.
 """
@@ -9,7 +9,6 @@ Shape legend: B batch, L sequence, S samples, D hidden size, V vocabulary.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 from weakref import finalize
@@ -21,11 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from dipnet_hf import chunked_loss, get_dip_model
+from dipnet_hf import DipConfig, chunked_loss, get_dip_model
 from dipnet_hf.architecture import ModelProbe, decoder_layers
 from dipnet_hf.batches import expand_batch
 from dipnet_hf.data_loss import run
@@ -153,7 +159,9 @@ def measure(config: FinetuneConfig, training: TrainingArguments, for_gpu: bool) 
     with FakeTensorMode(), _as_after_calibration(for_gpu):
         _give_tensors(model)
         if training.activation_checkpointing:
-            model.gradient_checkpointing_enable(training.activation_checkpointing_kwargs or {"use_reentrant": False})
+            # The name before transformers 5.23 is the second one.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(training.activation_checkpointing_kwargs or {"use_reentrant": False})
         meter = Meter()
         meter.kind = "weights"
         for tensor in (*model.parameters(), *model.buffers()):
@@ -191,19 +199,20 @@ def build_network(config: FinetuneConfig) -> PreTrainedModel:
 def build(config: FinetuneConfig) -> Any:
     """Build what a configuration trains, with its adapters and its noise, on the meta device."""
     network = build_network(config)
-    if config.quantization is not None:
-        network = _quantize(network, config)
+    quantization = config.quantization_config()
+    if quantization is not None:
+        network = _quantize(network, quantization)
     weights = config.peft_config()
     if config.dip is not None:
         known = {"init_noise_std": 0.1, "prior_std": 0.1, "noise_scale": "absolute"}  # as calibration makes it
-        return get_dip_model(network, replace(config, dip=config.dip | known).dip_config())
+        return get_dip_model(network, DipConfig(weights=weights, **{**config.dip, **known}))
     return get_peft_model(network, weights) if isinstance(weights, PeftConfig) else network
 
 
-def _quantize(model: PreTrainedModel, config: FinetuneConfig) -> PreTrainedModel:
+def _quantize(model: Any, fields: BitsAndBytesConfig) -> PreTrainedModel:
     """Replace the layers that bitsandbytes would quantize, and prepare the model as PEFT does."""
-    fields = config.quantization_config()
-    skipped = HfQuantizer.get_modules_to_not_convert(model, fields.llm_int8_skip_modules, model._keep_in_fp32_modules)
+    in_float32 = list(model._keep_in_fp32_modules or [])
+    skipped = HfQuantizer.get_modules_to_not_convert(model, fields.llm_int8_skip_modules, in_float32)
     # 4 bits a weight and a float32 scale for 64 of them; or, quantized twice, 8 bits, with a float32 for 256 of these.
     scale = (1 + 4 / 256) / 64 if fields.bnb_4bit_use_double_quant else 4 / 64
     per_weight = 0.5 + scale if fields.load_in_4bit else 1.0
@@ -219,6 +228,7 @@ def _give_tensors(model: nn.Module) -> None:
     """Replace what is on the meta device, which no autocast and no kernel knows, by tensors of the device of now."""
     given: dict[int, torch.Tensor] = {}
     for module in model.modules():
+        tensors: dict[str, Any]
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
@@ -294,7 +304,7 @@ def _warm_optimizer(model: Any, training: TrainingArguments, meter: Meter) -> to
     """Make the optimizer, and let it make its state."""
     optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(training, _network(model))
     if not optimizer_class.__module__.startswith("torch.optim"):
-        raise ValueError(f"--plan runs PyTorch's optimizers, got optim={training.optim}; plan with adamw_torch.")
+        raise ValueError(f"--plan runs PyTorch's optimizers, got optim={training.optim.value}; plan with adamw_torch.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trainable, **arguments)
     meter.kind = "optimizer"

@@ -1,7 +1,7 @@
 """What a run will take on each of its devices, told before anything is loaded: `--plan` of `recipes/finetune.py`.
 
-What a step takes where nothing is shared is the matter of `recipes/footprint.py`. Here are the launch, the devices, the
-table, and what would make a run fit.
+What a step takes where nothing is shared is the matter of `recipes/footprint.py`. Here are the launch, the devices,
+the table, and what would make a run fit.
 """
 
 import os
@@ -207,10 +207,11 @@ def time_lines(
     num_rows = training.per_device_train_batch_size * num_batches * launch.num_processes
     num_operations = footprint.num_operations * num_batches
     seconds = num_operations / (SHARE_OF_SPEED * device.speed)
+    num_tokens = num_rows * config.max_length
     return [
         f"{num_operations / 1e12:,.2f} TFLOP per step and device, {num_rows} rows of {config.max_length} tokens",
-        f"{seconds:,.2f} s per step, {num_rows * config.max_length / seconds:,.0f} tokens/s, at {SHARE_OF_SPEED:.0%} of "
-        f"a matrix product's {device.speed / 1e12:,.2f} TFLOP/s ({device.speed_is})",
+        f"{seconds:,.2f} s per step, {num_tokens / seconds:,.0f} tokens/s, at {SHARE_OF_SPEED:.0%} of a "
+        f"matrix product's {device.speed / 1e12:,.2f} TFLOP/s ({device.speed_is})",
     ]
 
 
