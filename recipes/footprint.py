@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.training_args import OptimizerNames
 
 from dipnet_hf import DipConfig, chunked_loss, get_dip_model
 from dipnet_hf.architecture import ModelProbe, decoder_layers
@@ -228,8 +229,7 @@ def _give_tensors(model: nn.Module) -> None:
     """Replace what is on the meta device, which no autocast and no kernel knows, by tensors of the device of now."""
     given: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        tensors: dict[str, Any]
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = given.setdefault(id(tensor), _without_data(tensor))
@@ -304,7 +304,9 @@ def _warm_optimizer(model: Any, training: TrainingArguments, meter: Meter) -> to
     """Make the optimizer, and let it make its state."""
     optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(training, _network(model))
     if not optimizer_class.__module__.startswith("torch.optim"):
-        raise ValueError(f"--plan runs PyTorch's optimizers, got optim={training.optim.value}; plan with adamw_torch.")
+        raise ValueError(
+            f"--plan knows PyTorch's optimizers, got optim={OptimizerNames(training.optim).value}; take adamw_torch."
+        )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trainable, **arguments)
     meter.kind = "optimizer"
