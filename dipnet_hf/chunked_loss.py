@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from .objective import Terms
 
 # Logits per chunk: few enough for a CPU's cache, enough to keep a GPU busy.
-_MAX_CHUNK_LOGITS = {"cpu": 2**22}
-_MAX_CHUNK_LOGITS_GPU = 2**27
+MAX_CHUNK_LOGITS = {"cpu": 2**22}
+MAX_CHUNK_LOGITS_GPU = 2**27
 
 
 class OutputHead(NamedTuple):
@@ -122,7 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _max_chunk_logits(device: torch.device) -> int:
-    return _MAX_CHUNK_LOGITS.get(device.type, _MAX_CHUNK_LOGITS_GPU)
+    return MAX_CHUNK_LOGITS.get(device.type, MAX_CHUNK_LOGITS_GPU)
 
 
 def _logits_gradient(

@@ -3,6 +3,7 @@
     accelerate launch recipes/finetune.py recipes/configs/stories260k-gsm8k.yaml --set training.learning_rate=1e-4
     accelerate launch recipes/finetune.py recipes/configs/stories260k-gsm8k.yaml --dry-run
     accelerate launch recipes/finetune.py recipes/configs/smollm2-gsm8k-chat.yaml --show-examples 3
+    accelerate launch recipes/finetune.py recipes/configs/qwen2.5-7b-gsm8k.yaml --plan 80
 
 Plain `python` works too. The output folder receives the model or adapter, the tokenizer, `config.yaml`, the held-out
 problems in `data/test.jsonl`, `results.json` and `losses.png`. `dip: null` in the configuration is plain fine-tuning
@@ -33,6 +34,7 @@ from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, m
 from recipes.examples import print_examples
 from recipes.formats import COLUMNS
 from recipes.packing import PaddingFreeCollator, check_packing, is_padding_free, pack
+from recipes.plan import print_plan
 from recipes.prompts import check_prompts
 from recipes.rows import read_problems
 from recipes.running import (
@@ -60,6 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(args.config, args.set)
     if args.show_examples is not None:
         show_examples(config, args.show_examples)
+        return
+    if args.plan is not None:
+        print_plan(config, args.plan or None)
         return
     if args.dry_run:
         run(config, dry_run=True)
@@ -157,6 +162,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--show-examples", type=positive, metavar="<n>", help="print the first n training rows with labels, and stop"
     )
+    parser.add_argument(
+        "--plan",
+        type=positive_gib,
+        nargs="?",
+        const=0.0,
+        metavar="<GiB>",
+        help="print memory and time per step on this machine, or on GPUs of so many GiB, and stop",
+    )
     return parser.parse_args(arguments)
 
 
@@ -165,6 +178,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise ValueError(text)  # which argparse turns into its own error
+    return number
+
+
+def positive_gib(text: str) -> float:
+    """Read an amount of memory of the command line."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
     return number
 
 

@@ -45,7 +45,7 @@ def random_case(num_samples, num_tokens, hidden_size, vocab_size, dtype, bias):
 def test_it_equals_the_reference(
     monkeypatch, dtype, sizes, num_samples, stability_weight, target, bias, scale, softcap
 ):
-    monkeypatch.setitem(module._MAX_CHUNK_LOGITS, "cpu", 4 * num_samples * sizes[2])  # chunks of four tokens
+    monkeypatch.setitem(module.MAX_CHUNK_LOGITS, "cpu", 4 * num_samples * sizes[2])  # chunks of four tokens
     hidden, weight, bias, targets = random_case(num_samples, *sizes, dtype, bias)
     ours = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
     theirs = [None if x is None else x.double().requires_grad_() for x in (hidden, weight, bias)]
@@ -69,7 +69,7 @@ def test_weight_gradients_of_many_bfloat16_chunks_are_added_up_in_float32(monkey
     hidden, weight, _, targets = random_case(1, 512, 8, 16, torch.bfloat16, bias=False)
     errors = []
     for chunk in (512, 1):
-        monkeypatch.setitem(module._MAX_CHUNK_LOGITS, "cpu", chunk * 16)
+        monkeypatch.setitem(module.MAX_CHUNK_LOGITS, "cpu", chunk * 16)
         leaf = weight.clone().requires_grad_()
         chunked_loss(hidden, targets, OutputHead(leaf, None, torch.bfloat16), 1).total.backward()
         exact = weight.double().requires_grad_()
