@@ -8,7 +8,6 @@ S samples, R rows, L sequence, D hidden size.
 """
 
 import importlib.util
-from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -210,7 +209,8 @@ def _kernels(x: torch.Tensor, channel_dim: int) -> ModuleType | None:
     return projection
 
 
-def _draw_projection(
+@torch.library.custom_op("dipnet_hf::project", mutates_args=())
+def _project(
     x: torch.Tensor, logvar: torch.Tensor, scale: torch.Tensor, key: torch.Tensor, antithetic: bool, channel_dim: int
 ) -> torch.Tensor:
     if kernels := _kernels(x, channel_dim):
@@ -219,15 +219,13 @@ def _draw_projection(
     return add_noise(x, draw_noise(x, key, antithetic), shaped_std(x, logvar, scale, channel_dim))
 
 
-_project = torch.library.custom_op("dipnet_hf::project", _draw_projection, mutates_args=())
-
-
 @_project.register_fake
 def _(x, logvar, scale, key, antithetic, channel_dim):
     return torch.empty_like(x)
 
 
-def _logvar_gradient(
+@torch.library.custom_op("dipnet_hf::project_logvar_grad", mutates_args=())
+def _project_logvar_grad(
     grad_u: torch.Tensor,
     logvar: torch.Tensor,
     scale: torch.Tensor,
@@ -245,9 +243,6 @@ def _logvar_gradient(
     return (grad_D if logvar.numel() > 1 else grad_D.sum().reshape(1)).to(logvar.dtype)
 
 
-_project_logvar_grad = torch.library.custom_op("dipnet_hf::project_logvar_grad", _logvar_gradient, mutates_args=())
-
-
 @_project_logvar_grad.register_fake
 def _(grad_u, logvar, scale, key, antithetic, channel_dim):
     return torch.empty_like(logvar)
@@ -258,23 +253,15 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(logvar, scale, key)
 
 
-def _backward(logvar_gradient, ctx, grad_u):
+def _backward(ctx, grad_u):
     grad_logvar = None
     if ctx.needs_input_grad[1]:
         logvar, scale, key = ctx.saved_tensors
-        grad_logvar = logvar_gradient(grad_u, logvar, scale, key, ctx.antithetic, ctx.channel_dim)
+        grad_logvar = _project_logvar_grad(grad_u, logvar, scale, key, ctx.antithetic, ctx.channel_dim)
     return grad_u, grad_logvar, None, None, None, None
 
 
-_project.register_autograd(partial(_backward, _project_logvar_grad), setup_context=_save_for_backward)
-
-
-class _EagerProjection(torch.autograd.Function):
-    """The operator's functions without its dispatch, which takes longer than the kernel and which a compiler needs."""
-
-    forward = staticmethod(_draw_projection)
-    setup_context = staticmethod(_save_for_backward)
-    backward = staticmethod(partial(_backward, _logvar_gradient))
+_project.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def project(
@@ -305,5 +292,4 @@ def project(
             f"logvar has shape {tuple(logvar.shape)} but x has shape {tuple(x.shape)}: logvar must hold one value, or "
             f"{x.shape[channel_dim]}, one per channel along dimension {channel_dim}."
         )
-    apply = _project if torch.compiler.is_compiling() else _EagerProjection.apply
-    return apply(x, logvar, scale, key, antithetic, channel_dim)
+    return _project(x, logvar, scale, key, antithetic, channel_dim)
