@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(name: str, weights: str, side: str) -> dict:
-    """Train a few steps; the peak counts all that the device holds."""
+    """Train a few steps; the peak counts all tensors, and not what the allocator keeps beside them."""
     gc.collect()  # the trainer of the row before is in reference cycles
     trainer = build(name, weights, side)
     vocab_size = trainer.model.config.get_text_config().vocab_size

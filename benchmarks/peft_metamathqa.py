@@ -99,7 +99,10 @@ def read_params(experiment: Path) -> dict:
             raise ValueError(f"{path}: no parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         if name in FIXED and value != FIXED[name]:
             raise ValueError(f"{path}: {name} must be {FIXED[name]!r} here, got {value!r}.")
-    return DEFAULTS | FIXED | given
+    optimizer = given.get("optimizer_kwargs", {})
+    if unknown := optimizer.keys() - DEFAULTS["optimizer_kwargs"].keys():
+        raise ValueError(f"{path}: optimizer_kwargs has {sorted(unknown)}, and this runner knows lr and weight_decay.")
+    return DEFAULTS | FIXED | given | {"optimizer_kwargs": DEFAULTS["optimizer_kwargs"] | optimizer}
 
 
 def run(name: str, config: PeftConfig, params: dict, train: str, test: str, folder: Path) -> dict:
@@ -180,6 +183,10 @@ class Progress(TrainerCallback):
         self.validation_time = 0.0
         self.started = self.since = time.perf_counter()
         self.tokens_before = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Leave out what preparing the data and the noise has taken."""
+        self.started = self.since = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Note the memory."""

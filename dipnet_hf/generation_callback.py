@@ -106,12 +106,15 @@ class GenerationCallback(TrainerCallback):
         generated = model.generate(
             **inputs.to(self._trainer.args.device), pad_token_id=self._tokenizer.pad_token_id, **settings
         )
-        texts = self._tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [self._cut(text) for text in texts]
+        prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return [self._cut(text) for text in self._tokenizer.batch_decode(generated[:, prompt_length:])]
 
     def _cut(self, text: str) -> str:
+        """The text before the first stop string, which may be a special token, without special tokens."""
         for stop in self._stop_strings:
             text = text.split(stop)[0]
+        for token in self._tokenizer.all_special_tokens:
+            text = text.replace(token, "")
         return text
 
     def _encode(self, prompt: Any) -> list[int]:

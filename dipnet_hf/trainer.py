@@ -84,8 +84,11 @@ class DipTrainerMixin(_Base):
         self.add_callback(self._sharded_calibration)
         self.add_callback(NoiseReport())
         callbacks = self.callback_handler.callbacks
-        # Of that class itself: a bar of the user's own stays.
-        callbacks[:] = [NoiseProgress() if type(callback) is ProgressCallback else callback for callback in callbacks]
+        # Of that class itself: a bar of a class of the user's own stays.
+        callbacks[:] = [
+            NoiseProgress(callback.max_str_len) if type(callback) is ProgressCallback else callback
+            for callback in callbacks
+        ]
         self._is_set_up = True
 
     def _tuner(self) -> DipModel:

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerState,
+)
 
 from recipes.config import DistillConfig, FinetuneConfig, dump_config
 from report.output_folder import check_files, write_whole
@@ -153,7 +160,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         if state.global_step >= state.max_steps or was_stopped(state):
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
-            if trainer.args.load_best_model_at_end:
+            if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 trainer._load_best_model()
             return
     try:
@@ -169,9 +176,12 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def was_stopped(state: TrainerState) -> bool:
-    """Whether a callback, such as one of early stopping, had ended the training when this state was saved."""
+    """Whether early stopping had ended the training when this state was saved."""
     callbacks: Any = state.stateful_callbacks  # a mapping, once it was saved
-    return callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
+    saved = callbacks.get(EarlyStoppingCallback.__name__)
+    if saved is None:
+        return False
+    return saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from dipnet_hf import DipTrainer, GenerationCallback
 from tests.helpers import dip_model, make_rows, make_trainer, word_tokenizer
-from tests.tiny_models import build
+from tests.tiny_models import build, build_task
 
 PROMPTS = [[5, 9], [7, 3, 8, 21], [4], [11, 12, 13]]
 NUM_NEW = 5
@@ -88,6 +88,26 @@ def test_an_answer_ends_before_a_stop_string(tmp_path):
     assert first != second
     trainer = make_evaluating_trainer(tmp_path, model)
     assert watch(trainer, PROMPTS[1:2], [first], stop_strings=["none", second]).exact_match() == 1.0
+
+
+def test_an_answer_ends_before_a_special_token_that_generation_runs_over(tmp_path, monkeypatch):
+    trainer = make_evaluating_trainer(tmp_path)
+    written = torch.tensor([[*PROMPTS[0], 5, 1, 7, 2, 0]])  # <s> ends a turn here, and </s> a text
+    monkeypatch.setattr(trainer.model, "generate", lambda **_: written)
+    assert watch(trainer, PROMPTS[:1], ["w5"], stop_strings=["<s>"]).exact_match() == 1.0
+    assert watch(trainer, PROMPTS[:1], ["w5  w7"]).exact_match() == 1.0
+
+
+def test_an_encoder_decoder_writes_no_prompt(tmp_path):
+    trainer = make_evaluating_trainer(tmp_path, build_task("t5"))
+    seen = []
+    watch(trainer, PROMPTS, [None] * 4, is_right=lambda answer, _: bool(seen.append(answer))).exact_match()
+    model = trainer.model.eval()
+    tokens = [model.generate(torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False)[0] for prompt in PROMPTS]
+    assert any(seen)
+    assert [text.split() for text in seen] == [
+        word_tokenizer().decode(row, skip_special_tokens=True).split() for row in tokens
+    ]
 
 
 def test_every_logger_gets_the_figure_beside_the_loss(tmp_path):

@@ -79,6 +79,7 @@ def test_the_experiments_are_one_lora_with_and_without_noise():
         ({"max_step": 3}, "no parameter 'max_step'. Did you mean 'max_steps'"),
         ({"compile": True}, "compile must be False here, got True"),
         ({"optimizer_type": "lora-fa"}, "optimizer_type must be 'AdamW' here"),
+        ({"optimizer_kwargs": {"lr": 1e-4, "betas": [0.9, 0.95]}}, "optimizer_kwargs has .*betas"),
     ],
 )
 def test_other_parameters_are_refused(params, message, tmp_path):

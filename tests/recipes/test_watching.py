@@ -5,11 +5,12 @@ import shutil
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerState
 
 from dipnet_hf import GenerationCallback
 from recipes import finetune
 from recipes.data import PreparedData
+from recipes.running import was_stopped
 from recipes.tokens import Chat
 from recipes.watching import split_last_answer, watched_problems
 from tests.helpers import read_results, write_jsonl
@@ -142,6 +143,16 @@ def test_the_best_model_is_loaded_at_the_end_also_of_a_resumed_run(run, figures,
     for folder in (whole, run(*STOPPING, name="resumed", **settings)):
         weights = "adapter_model.safetensors"
         assert (folder / weights).read_bytes() == (folder / "checkpoint-2" / weights).read_bytes()
+
+
+def test_a_run_that_was_interrupted_was_not_stopped_early():
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    control = {"TrainerControl": {"args": {"should_training_stop": True}, "attributes": {}}}  # a preempted job's
+    for counter, expected in ((1, False), (2, True)):
+        stopping.early_stopping_patience_counter = counter
+        state = TrainerState(stateful_callbacks=control | {"EarlyStoppingCallback": stopping.state()})
+        assert was_stopped(state) == expected
+    assert not was_stopped(TrainerState(stateful_callbacks=control))
 
 
 def test_nothing_watches_after_the_training(run, monkeypatch):
