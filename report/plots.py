@@ -31,7 +31,7 @@ def plot_losses(result_files: list[str], path: str) -> None:
     share: Any = None  # the axis of exact match
     for number, result_file in enumerate(result_files):
         log_history, label = read_results(result_file)["log_history"], Path(result_file).parent.name
-        train, heldout = _curve(log_history, "nll"), _curve(_on_the_way(log_history), "eval_nll")
+        train, heldout = _curve(log_history, "nll"), _heldout_curve(log_history)
         if not len(train):
             train = _curve(log_history, "loss")
         if len(train):
@@ -46,9 +46,11 @@ def plot_losses(result_files: list[str], path: str) -> None:
             f"No loss in {', '.join(map(str, result_files))}; lower training.logging_steps for the next run."
         )
     axes.set(xlabel="step", ylabel="nats per token", yscale="log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:.4g}")
     if share is not None:
         share.set(ylabel="exact match", ylim=(-0.02, 1.02))
-    figure.legend(loc="outside upper center", ncols=3)
+    figure.legend(loc="outside upper center", ncols=1 if len(result_files) == 1 else 2, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -119,10 +121,10 @@ def plot_noise_level(result_file: str, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _on_the_way(log_history: list[dict]) -> list[dict]:
-    """What was logged up to the end of the training, as what follows may be of other problems; or all, if nothing."""
-    entries = list(takewhile(lambda entry: "train_runtime" not in entry, log_history))
-    return entries if any("eval_nll" in entry for entry in entries) else log_history
+def _heldout_curve(log_history: list[dict]) -> np.ndarray:
+    """The NLL up to the end of the training, or the first after it; others are of other problems or of ensembles."""
+    on_the_way = _curve(list(takewhile(lambda entry: "train_runtime" not in entry, log_history)), "eval_nll")
+    return on_the_way if len(on_the_way) else _curve(log_history, "eval_nll")[:1]
 
 
 def _curve(log_history: list[dict], name: str) -> np.ndarray:

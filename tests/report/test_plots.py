@@ -38,6 +38,17 @@ def test_losses_of_each_run_by_step(write_results, figures, tmp_path):
     assert (tmp_path / "losses.png").stat().st_size > 0
 
 
+def test_what_is_scored_after_the_training_is_another_curve(write_results, figures, tmp_path):
+    after = [{"step": 2, "train_runtime": 1.0}, {"step": 2, "eval_nll": 2.5}, {"step": 2, "eval_nll": 2.6}]
+    trained = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    on_the_way = [trained[0], {"step": 1, "eval_nll": 2.9}, trained[1]]
+    histories = {"after": trained + after, "way": on_the_way + after}
+    files = [write_results(name, 2.5, log_history=history) for name, history in histories.items()]
+    plot_losses(files, str(tmp_path / "losses.png"))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines["after, held-out NLL"] == [[2, 2.5]] and lines["way, held-out NLL"] == [[1, 2.9]]
+
+
 @pytest.mark.parametrize("sort_channels, first_row", [(False, [0.3, 0.1, 0.2]), (True, [0.1, 0.2, 0.3])])
 def test_noise_by_site_and_channel(write_results, figures, tmp_path, sort_channels, first_row):
     plot_noise(write_results("dip", 2.0, noise=NOISE), str(tmp_path / "noise.png"), sort_channels)
