@@ -330,7 +330,7 @@ def test_noise_before_calibration_names_it():
     batch = make_batch("llama")
     for fields in ({}, {"init_noise_std": 0.1}, {"noise_scale": "absolute"}):
         model = get_dip_model(build("llama"), DipConfig(weights="frozen", **fields)).train()
-        message = r"site 'model\.layers\.0' was never calibrated.*Call model\.calibrate\(batches\).*labelled"
+        message = r"site 'model\.layers\.0' was never calibrated.*call model\.calibrate\(batches\).*labelled"
         with pytest.raises(ValueError, match=message):
             model(**batch)
         with pytest.raises(ValueError, match=message), model.eval().sampling():
