@@ -34,6 +34,7 @@ if not __package__:  # run as a script: Python put benchmarks/ on the path, and 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.measure import seconds, write_results
+from benchmarks.step import step
 from dipnet_hf import DipConfig, DipTrainer, get_dip_model
 from recipes.running import prepare_quantized
 
@@ -194,14 +195,6 @@ def quantize(model: PreTrainedModel) -> None:
             packed.bias = module.bias
             model.set_submodule(path, packed)
     model.is_loaded_in_4bit = True
-
-
-def step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
-    """One training step."""
-    num_items = (batch["labels"][:, 1:] != -100).sum()
-    trainer.training_step(trainer.model, dict(batch), num_items)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

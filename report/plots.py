@@ -46,8 +46,9 @@ def plot_losses(result_files: list[str], path: str) -> None:
             f"No loss in {', '.join(map(str, result_files))}; lower training.logging_steps for the next run."
         )
     axes.set(xlabel="step", ylabel="nats per token", yscale="log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter("{x:.4g}")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:.4g}")
+    axes.yaxis.set_minor_formatter("{x:.4g}" if high < 10 * low else "")  # over decades they would overlap
     if share is not None:
         share.set(ylabel="exact match", ylim=(-0.02, 1.02))
     figure.legend(loc="outside upper center", ncols=1 if len(result_files) == 1 else 2, fontsize="small")
