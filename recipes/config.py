@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dipnet_hf import DipConfig
+from dipnet_hf.regularizers import METHODS, Regularizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 WATCHED = {"loss", "nll", "exact_match"}  # what training.metric_for_best_model may name, after "eval_" or without
@@ -123,6 +124,8 @@ class FinetuneConfig:
         weights (`dict` or `str`): how the network's own weights learn: the fields of a PEFT config with its
             `peft_type`, or `"full"`, or `"frozen"`.
         dip (`dict`, *optional*): fields of `DipConfig`; null is plain fine-tuning of the same weights.
+        regularizer (`dict`, *optional*): another method to train with, alone or beside `dip`: its `name` in
+            `dipnet_hf.regularizers.METHODS`, and its settings, such as `{name: sam, rho: 0.05}`.
         dataset_config, dataset_split, columns: of a single dataset, as in `DataSetConfig`.
         apply_chat_template (`bool`, *optional*): put rows that are no conversations into the model's chat template,
             as a user's turn and its answer, and score the tasks in it; null: if the rows are conversations.
@@ -156,6 +159,7 @@ class FinetuneConfig:
     training: dict
     weights: dict | str
     dip: dict | None = None
+    regularizer: dict | None = None
     dataset_config: str | None = None
     dataset_split: str = "train"
     columns: dict[str, str] | None = None
@@ -199,6 +203,7 @@ class FinetuneConfig:
             raise ValueError("evaluation.num_samples with dip: null: a plain model has no noisy passes; leave it out.")
         self._check_watching()
         self.dip_config()  # for its errors
+        self.make_regularizer()
 
     def _check_watching(self) -> None:
         """Refuse what would be looked for at an evaluation and not be there."""
@@ -280,6 +285,14 @@ class FinetuneConfig:
     def dip_config(self) -> DipConfig | None:
         """Build the `DipConfig` around the weights; None for plain fine-tuning."""
         return None if self.dip is None else DipConfig(weights=self.peft_config(), **self.dip)
+
+    def make_regularizer(self) -> Regularizer | None:
+        """Build the method beside `dip`; None for none."""
+        if self.regularizer is None:
+            return None
+        settings = dict(self.regularizer)
+        method = METHODS[settings.pop("name")]
+        return method(**settings)
 
     def training_arguments(self) -> TrainingArguments:
         """Build the `TrainingArguments`; a resumed run goes on counting towards an early stop."""
@@ -456,6 +469,8 @@ def _check_all_keys(values: dict) -> None:
         # What `DipConfig` takes and does not keep: runs of earlier versions stay readable.
         names = _field_names(DipConfig) | {"alpha", "beta", "antithetic", "shared_prompt_noise"}
         _check_keys("dip", values["dip"], names - {"weights", *_field_names(PeftConfig)})
+    if values.get("regularizer") is not None:
+        _check_regularizer(values["regularizer"])
     if values.get("quantization") is not None:
         _check_keys("quantization", values["quantization"], _parameter_names(BitsAndBytesConfig))
     if values.get("evaluation") is not None:
@@ -468,6 +483,15 @@ def _peft_config_class(weights: dict) -> type[PeftConfig]:
     if peft_type not in known:
         raise ValueError(f"weights.peft_type is {peft_type!r}, no method of PEFT; {did_you_mean(peft_type, known)}")
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+
+
+def _check_regularizer(values) -> None:
+    name = values.get("name") if isinstance(values, dict) else values
+    if name not in METHODS or not isinstance(values, dict):
+        raise ValueError(
+            f"regularizer must have a name, such as {{name: sam}}, got {values!r}; {did_you_mean(name, METHODS)}"
+        )
+    _check_keys("regularizer", values, {"name", *_field_names(METHODS[name])})
 
 
 def _check_keys(section: str, given: dict, allowed: set[str]) -> None:

@@ -28,6 +28,7 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 
 from dipnet_hf import DipTrainer, get_dip_model
 from dipnet_hf.card import read_noise
+from dipnet_hf.regularizers import regularize
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, make_collator, prepare_data
@@ -104,6 +105,8 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
         preprocess_logits_for_metrics=sum_nll,
         compute_metrics=mean_nll,
     )
+    if (regularizer := config.make_regularizer()) is not None:
+        regularize(trainer, regularizer)
     check_scoring(trainer, config, data)
     watchers = make_callbacks(trainer, tokenizer, config, data)
     if config.evaluation.tasks:

@@ -1,0 +1,17 @@
+"""What DIPNet is compared with, one file per method; each works around any transformers Trainer and in a plain loop.
+
+from dipnet_hf.regularizers import SAM, regularize
+
+regularize(trainer, SAM(rho=0.05))
+trainer.train()
+"""
+
+from .in_trainer import regularize
+from .regularizer import Batch, Regularizer
+from .sam import SAM
+
+METHODS: dict[str, type[Regularizer]] = {
+    "sam": SAM,
+}
+
+__all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]

@@ -1,0 +1,122 @@
+"""A regularizer inside transformers' Trainer and any subclass of it, TRL's and this package's among them."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+from transformers import Trainer
+
+from .regularizer import Batch, RandomState, Regularizer, zero_gradients
+
+# What trainers of TRL and of this package add up for their logs at every pass.
+_COUNTED = ("_metrics", "_total_train_tokens", "_term_sums")
+
+
+def regularize(trainer: Trainer, regularizer: Regularizer) -> None:
+    """Train with a regularizer: `regularize(trainer, SAM(rho=0.05))`, and then `trainer.train()` as always.
+
+    It is saved with the model and its checkpoints (`regularizer.json`, `regularizer.safetensors`), and a run that is
+    resumed goes on with its state.
+
+    Args:
+        trainer (`Trainer`): with its model, before it trains.
+        regularizer (`Regularizer`): belongs to this trainer from now on.
+
+    Raises:
+        ValueError: the trainer makes its models itself, its model is sharded, or it has an optimizer that lacks
+            parameters of the method.
+    """
+    if trainer.model_init is not None:
+        raise ValueError("A trainer with model_init makes a new model for every run: give it a model.")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        strategy = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+        raise ValueError(
+            f"{type(regularizer).__name__} needs whole weights and gradients on every process, and {strategy} takes "
+            "them apart or away: train on one process, or on several with DDP."
+        )
+    before = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+    regularizer.attach(trainer.model, trainer.optimizer)
+    if trainer.optimizer is not None and before != sum(p.requires_grad for p in trainer.model.parameters()):
+        raise ValueError(
+            f"{type(regularizer).__name__} adds parameters that the given optimizer does not know: attach it to the "
+            "model first, or let the trainer make its optimizer."
+        )
+    _Regularized(trainer, regularizer).stand_in()
+
+
+class _Regularized:
+    """What stands in for methods of one trainer."""
+
+    def __init__(self, trainer: Trainer, regularizer: Regularizer) -> None:
+        self._trainer: Any = trainer
+        self._regularizer = regularizer
+        self._refines = type(regularizer).refine_gradient is not Regularizer.refine_gradient
+        self._steps: list[tuple[Any, Any, RandomState]] = []  # the batches of the step so far
+        self._names = (
+            *("compute_loss", "training_step", "create_optimizer"),
+            *("save_model", "_load_from_checkpoint", "_load_best_model"),
+        )
+        self._originals = {name: getattr(trainer, name) for name in self._names}
+
+    def stand_in(self) -> None:
+        vars(self._trainer).update({name: getattr(self, name) for name in self._names})
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        was_given = self._trainer.optimizer is not None
+        optimizer = self._originals["create_optimizer"](*args, **kwargs)
+        if not was_given:
+            self._regularizer.watch(self._trainer.optimizer)
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        original = self._originals["compute_loss"]
+        if not self._trainer.model.training or return_outputs:
+            return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+        def run(outputs: bool = False) -> tuple[Any, Any]:
+            # A copy, as losses may take the labels out.
+            result = original(model, dict(inputs), return_outputs=outputs, num_items_in_batch=num_items_in_batch)
+            return result if outputs else (result, None)
+
+        trainer = self._trainer
+        stated = trainer.loss_is_scaled_for_ga
+        added = num_items_in_batch is not None if stated is None else stated
+        share = 1 / trainer.current_gradient_accumulation_steps if added else 1.0
+        num_items = num_items_in_batch
+        if num_items is not None and trainer.args.average_tokens_across_devices:
+            num_items = num_items / trainer.accelerator.num_processes  # gradients are averaged over the processes
+        return self._regularizer.loss(Batch(inputs, run, share, num_items))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        original = self._originals["training_step"]
+        if not self._refines:
+            return original(model, inputs, num_items_in_batch)
+        self._steps.append((inputs, num_items_in_batch, RandomState(next(model.parameters()).device)))
+        loss = original(model, inputs, num_items_in_batch)
+        if self._trainer.accelerator.sync_gradients:
+            steps, self._steps = self._steps, []
+            self._regularizer.refine_gradient(lambda: self._recompute(model, steps))
+        return loss
+
+    def _recompute(self, model, steps: list[tuple[Any, Any, RandomState]]) -> None:
+        """Compute the gradients of a step anew, with what it drew; processes share them after the last batch."""
+        counted = {name: copy.deepcopy(value) for name, value in vars(self._trainer).items() if name in _COUNTED}
+        zero_gradients(model)
+        for number, (inputs, num_items, state) in enumerate(steps, start=1):
+            is_last = number == len(steps)
+            with nullcontext() if is_last else self._trainer.accelerator.no_sync(model), state.restored():
+                self._originals["training_step"](model, inputs, num_items)
+        vars(self._trainer).update(counted)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        self._originals["save_model"](output_dir, *args, **kwargs)
+        if self._trainer.args.should_save:
+            self._regularizer.save(output_dir or self._trainer.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._originals["_load_from_checkpoint"](resume_from_checkpoint, *args, **kwargs)
+        self._regularizer.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._originals["_load_best_model"]()
+        self._regularizer.load(self._trainer.state.best_model_checkpoint)

@@ -1,0 +1,70 @@
+"""Every regularizer through the fine-tuning recipe on a real model, a Llama of 260,000 parameters."""
+
+import pytest
+import yaml
+
+from dipnet_hf.regularizers import METHODS
+from recipes import finetune
+from recipes.config import load_config
+from tests.helpers import losses, read_results
+from tests.recipes.conftest import WEIGHTS
+
+
+@pytest.fixture
+def configure(model_folder, problems_folder, tmp_path):
+    """Return a function that writes a configuration of two steps and returns its file."""
+
+    def write(model=model_folder, **values):
+        config = {
+            "model": str(model),
+            "dataset": str(problems_folder),
+            "max_length": 64,
+            "weights": "full",
+            "training": {
+                "output_dir": str(tmp_path / "run"),
+                "max_steps": 2,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 1e-3,
+                "use_cpu": True,
+                "logging_steps": 1,
+                "save_strategy": "no",
+            },
+            "evaluation": {"tasks": []},
+            **values,
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_through_the_recipe(configure, shared, tmp_path, name, weights):
+    finetune.main([configure(shared / "models" / "stories260K", weights=WEIGHTS[weights], regularizer={"name": name})])
+    results = read_results(tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 2
+    assert 0 < results["metrics"]["eval_nll"] < 20
+    assert (tmp_path / "run" / "regularizer.json").is_file()
+
+
+def test_a_method_runs_beside_dip(configure, tmp_path):
+    finetune.main([configure(dip={"init_noise_std": 0.1}, regularizer={"name": "sam", "rho": 0.01})])
+    assert read_results(tmp_path / "run")["noise"]
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "message"),
+    [
+        ({"name": "sma"}, "must have a name.*did you mean sam"),
+        ("sam", r"must have a name, such as \{name: sam\}, got 'sam'"),
+        ({"rho": 0.1}, "must have a name"),
+        ({"name": "sam", "roh": 0.1}, "Unknown key regularizer.roh; did you mean regularizer.rho"),
+        ({"name": "sam", "rho": -1.0}, "rho of SAM must be positive"),
+    ],
+    ids=str,
+)
+def test_a_method_that_is_not_there_is_refused(configure, regularizer, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(configure(regularizer=regularizer))
