@@ -59,6 +59,8 @@ class Regularizer:
 
     changes_network: ClassVar[bool] = False
     """Whether the trained network gives other answers without the method."""
+    needs_lora: ClassVar[bool] = False
+    """Whether it acts on the matrices of LoRA, and refuses a model without them."""
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Change the model as the method wants. It comes before an optimizer is made of the model's parameters.
