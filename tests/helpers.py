@@ -148,6 +148,13 @@ def gradients(model, loss):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def regularized_gradients(regularizer, model, batch=None):
+    """The gradients of one step with a method, one for each parameter."""
+    regularizer.attach(model)
+    regularizer.backward(model, batch or {})
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def assert_same(model, other, name="llama"):
     """Both models give the same answer, with and without noise."""
     batch = make_batch(name)

@@ -6,11 +6,13 @@ regularize(trainer, SAM(rho=0.05))
 trainer.train()
 """
 
+from .gradient_norm import GradientNormPenalty
 from .in_trainer import regularize
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
+    "gradient_norm": GradientNormPenalty,
     "sam": SAM,
 }
 
