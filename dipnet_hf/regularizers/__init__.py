@@ -6,12 +6,14 @@ regularize(trainer, SAM(rho=0.05))
 trainer.train()
 """
 
+from .gam import GAM
 from .gradient_norm import GradientNormPenalty
 from .in_trainer import regularize
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
+    "gam": GAM,
     "gradient_norm": GradientNormPenalty,
     "sam": SAM,
 }
