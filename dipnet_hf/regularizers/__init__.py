@@ -9,12 +9,14 @@ trainer.train()
 from .gam import GAM
 from .gradient_norm import GradientNormPenalty
 from .in_trainer import regularize
+from .l2_sp import L2SP
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
     "gam": GAM,
     "gradient_norm": GradientNormPenalty,
+    "l2_sp": L2SP,
     "sam": SAM,
 }
 

@@ -75,10 +75,18 @@ class Regularizer:
     def detach(self) -> None:
         """Give the model back as it was, but for what it has learned."""
 
+    _is_watching = False
+
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `before_step` and `after_step` around every step of the optimizer."""
+        self._is_watching = True
         optimizer.register_step_pre_hook(lambda optimizer, *_: self.before_step(optimizer))
         optimizer.register_step_post_hook(lambda *_: self.after_step())
+
+    def check_watching(self) -> None:
+        """Raise ValueError unless an optimizer is watched: for methods that act on the weights at its steps."""
+        if not self._is_watching:
+            raise ValueError(f"{type(self).__name__} acts at the steps of the optimizer: attach(model, optimizer).")
 
     # ---- what a method does ----
 
