@@ -12,12 +12,14 @@ from .in_trainer import regularize
 from .l2_sp import L2SP
 from .regularizer import Batch, Regularizer
 from .sam import SAM
+from .spectral_norm import SpectralNorm
 
 METHODS: dict[str, type[Regularizer]] = {
     "gam": GAM,
     "gradient_norm": GradientNormPenalty,
     "l2_sp": L2SP,
     "sam": SAM,
+    "spectral_norm": SpectralNorm,
 }
 
 __all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]

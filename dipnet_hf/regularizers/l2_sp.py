@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .lora import factors, lora_layers
-from .regularizer import Batch, Regularizer, weights
+from .regularizer import Batch, Regularizer, precise, weights
 
 
 @dataclass
@@ -63,7 +63,7 @@ class L2SP(Regularizer):
         """The squared norm of how far the weights have moved, a scalar."""
         device = next(iter(self._start.values())).device
         with torch.autocast(device.type, enabled=False):
-            plain = [_square(weight - self._start[name]) for name, weight in self._weights.items()]
+            plain = [precise(weight - self._start[name]).square().sum() for name, weight in self._weights.items()]
             products = [self._of_product(name) for name in self._layers]
             return torch.stack([term.to(device) for term in plain + products]).sum()
 
@@ -95,7 +95,3 @@ class L2SP(Regularizer):
         """See `Regularizer`."""
         for name, start in self._start.items():
             start.copy_(state[name])
-
-
-def _square(difference: torch.Tensor) -> torch.Tensor:
-    return difference.to(torch.promote_types(difference.dtype, torch.float32)).square().sum()

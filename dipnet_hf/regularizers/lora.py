@@ -9,6 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
+from .regularizer import precise
+
 
 def lora_layers(model: nn.Module, method: str) -> dict[str, Any]:
     """The layers whose LoRA learns, by name.
@@ -57,10 +59,6 @@ def factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         `torch.Tensor` of shape `(R, I)` and `torch.Tensor` of shape `(O, R)`: the latter with LoRA's factor.
     """
-    A_RI = torch.cat([_precise(layer.lora_A[adapter].weight) for adapter in _active(layer)])
-    scaled = [layer.scaling[adapter] * _precise(layer.lora_B[adapter].weight) for adapter in _active(layer)]
+    A_RI = torch.cat([precise(layer.lora_A[adapter].weight) for adapter in _active(layer)])
+    scaled = [layer.scaling[adapter] * precise(layer.lora_B[adapter].weight) for adapter in _active(layer)]
     return A_RI, torch.cat(scaled, dim=1)
-
-
-def _precise(weight: torch.Tensor) -> torch.Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))

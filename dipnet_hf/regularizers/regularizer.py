@@ -195,6 +195,11 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or as it is where it is more precise."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def with_gradients(model: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
     """The weights that learn and took part in the last backward pass, and their gradients."""
     pairs = [(parameter, parameter.grad) for parameter in weights(model).values() if parameter.grad is not None]
