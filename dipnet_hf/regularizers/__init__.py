@@ -12,6 +12,7 @@ from .in_trainer import regularize
 from .l2_sp import L2SP
 from .regularizer import Batch, Regularizer
 from .sam import SAM
+from .spectral import SpectralRegularization
 from .spectral_norm import SpectralNorm
 
 METHODS: dict[str, type[Regularizer]] = {
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Regularizer]] = {
     "gradient_norm": GradientNormPenalty,
     "l2_sp": L2SP,
     "sam": SAM,
+    "spectral": SpectralRegularization,
     "spectral_norm": SpectralNorm,
 }
 
