@@ -14,6 +14,7 @@ from .regularizer import Batch, Regularizer
 from .sam import SAM
 from .spectral import SpectralRegularization
 from .spectral_norm import SpectralNorm
+from .tensor_dropout import TensorDropout
 
 METHODS: dict[str, type[Regularizer]] = {
     "gam": GAM,
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Regularizer]] = {
     "sam": SAM,
     "spectral": SpectralRegularization,
     "spectral_norm": SpectralNorm,
+    "tensor_dropout": TensorDropout,
 }
 
 __all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]

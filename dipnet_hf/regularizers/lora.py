@@ -6,7 +6,7 @@ Shape legend: I inputs, O outputs, R rank.
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .regularizer import precise
@@ -25,11 +25,10 @@ def lora_layers(model: nn.Module, method: str) -> dict[str, Any]:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and any(parameter.requires_grad for parameter in _adapters(module))
+        if isinstance(module, LoraLayer) and any(parameter.requires_grad for parameter in _matrices(module))
     }
     for name, layer in layers.items():
-        variant = any(map(layer.lora_variant.get, _active(layer)))
-        if variant or isinstance(layer, ParamWrapper) or not all(_is_of_linear(layer, a) for a in _active(layer)):
+        if not all(_is_plain(layer, adapter) for adapter in adapters_of(layer)):
             kind = type(layer.get_base_layer()).__name__
             raise ValueError(
                 f"{method} knows plain LoRA of linear layers, and that of {name} ({kind}) is of another kind: leave "
@@ -38,16 +37,20 @@ def lora_layers(model: nn.Module, method: str) -> dict[str, Any]:
     return layers
 
 
-def _adapters(layer: LoraLayer) -> list[nn.Parameter]:
+def _matrices(layer: LoraLayer) -> list[nn.Parameter]:
     modules = [getattr(layer, name) for name in layer.adapter_layer_names]
     return [parameter for module in modules for parameter in module.parameters()]
 
 
-def _is_of_linear(layer: LoraLayer, adapter: str) -> bool:
+def _is_plain(layer: LoraLayer, adapter: str) -> bool:
+    """Whether A and B are linear layers that run one after the other."""
+    if isinstance(layer, (ParamWrapper, MultiheadAttention)) or layer.lora_variant.get(adapter):
+        return False
     return adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
 
 
-def _active(layer: LoraLayer) -> list[str]:
+def adapters_of(layer: LoraLayer) -> list[str]:
+    """The names of the active adapters that the layer has."""
     return [
         adapter for adapter in layer.active_adapters if adapter in layer.lora_A or adapter in layer.lora_embedding_A
     ]
@@ -59,6 +62,6 @@ def factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         `torch.Tensor` of shape `(R, I)` and `torch.Tensor` of shape `(O, R)`: the latter with LoRA's factor.
     """
-    A_RI = torch.cat([precise(layer.lora_A[adapter].weight) for adapter in _active(layer)])
-    scaled = [layer.scaling[adapter] * precise(layer.lora_B[adapter].weight) for adapter in _active(layer)]
+    A_RI = torch.cat([precise(layer.lora_A[adapter].weight) for adapter in adapters_of(layer)])
+    scaled = [layer.scaling[adapter] * precise(layer.lora_B[adapter].weight) for adapter in adapters_of(layer)]
     return A_RI, torch.cat(scaled, dim=1)
