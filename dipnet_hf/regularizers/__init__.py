@@ -6,6 +6,7 @@ regularize(trainer, SAM(rho=0.05))
 trainer.train()
 """
 
+from .averaging import WeightAverage
 from .gam import GAM
 from .gradient_norm import GradientNormPenalty
 from .in_trainer import regularize
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Regularizer]] = {
     "spectral": SpectralRegularization,
     "spectral_norm": SpectralNorm,
     "tensor_dropout": TensorDropout,
+    "weight_average": WeightAverage,
 }
 
 __all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]

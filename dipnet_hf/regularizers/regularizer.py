@@ -108,6 +108,16 @@ class Regularizer:
     def after_step(self) -> None:
         """Act on the weights right after the optimizer did."""
 
+    # ---- the network that training is for, where that is not the one that trains ----
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Context in which the model is as `finish` would leave it: so it is evaluated and saved during training."""
+        yield
+
+    def finish(self) -> None:
+        """Give the model, at the end of training, the weights that it is used with."""
+
     # ---- a loop of one's own ----
 
     def backward(self, model: nn.Module, *batches: dict[str, Any], forward: Callable[..., Any] | None = None) -> float:
