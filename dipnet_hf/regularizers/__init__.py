@@ -16,6 +16,7 @@ from .sam import SAM
 from .spectral import SpectralRegularization
 from .spectral_norm import SpectralNorm
 from .tensor_dropout import TensorDropout
+from .weight_compander import WeightCompander
 
 METHODS: dict[str, type[Regularizer]] = {
     "gam": GAM,
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Regularizer]] = {
     "spectral_norm": SpectralNorm,
     "tensor_dropout": TensorDropout,
     "weight_average": WeightAverage,
+    "weight_compander": WeightCompander,
 }
 
 __all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]
