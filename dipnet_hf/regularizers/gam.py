@@ -15,7 +15,7 @@ class GAM(Regularizer):
     """Train on `loss + weight * rho * max |g(w')|` over `|w' - w| <= rho` (Zhang, X. et al. 2023, arXiv 2303.03108).
 
     One step of ascent finds `w' = w + rho * f / |f|`, where `f` is the gradient of `|g|` at `w`; the step takes
-    `g(w) + weight * rho * f(w')` (algorithm 1, eqs. 7 and 8). `f(w) = (g(w + r g / |g|) - g(w)) / r`, `r = radius`,
+    `g(w) + weight * rho * f(w')` (eqs. 7 and 8). `f(w) = (g(w + r g / |g|) - g(w)) / r`, `r = radius`,
     stands for the product of Hessian and `g / |g|` (appendix D). What the authors' program does beyond that, mixing
     the gradients of the four passes and taking one part out, is left away. The norm is over all weights that learn;
     with accumulation `g` is that of the whole step, with several processes the mean of all.

@@ -20,7 +20,7 @@ class SpectralNorms:
     """The largest singular value of every weight matrix of a model that learns, with a gradient.
 
     A linear layer with LoRA has the matrix `W + s B A`, which is not built. A kernel of a convolution is the matrix of
-    its output channels by all else (Yoshida and Miyato 2017, arXiv 1705.10941, section 3.2); a parameter of other
+    its output channels by all else (Yoshida and Miyato 2017, arXiv 1705.10941); a parameter of other
     shape with more than two dimensions holds a matrix in its last two for each index before, as those of experts do.
 
     Args:
@@ -57,7 +57,10 @@ class SpectralNorms:
             for _ in range(num_steps):
                 with torch.autocast(matrix.weight.device.type, enabled=False):
                     u_NO = nn.functional.normalize(matrix.times(self._vectors_NI[name]))
-                    self._vectors_NI[name] = nn.functional.normalize(matrix.transposed_times(u_NO))
+                    v_NI = matrix.transposed_times(u_NO)
+                # A matrix of zeros tells no direction, and may have one later.
+                known_N1 = v_NI.any(-1, keepdim=True)
+                self._vectors_NI[name] = torch.where(known_N1, nn.functional.normalize(v_NI), self._vectors_NI[name])
 
     def values(self) -> torch.Tensor:
         """The singular values of all matrices, one vector: `u W v`, whose gradient is `u v^T`."""

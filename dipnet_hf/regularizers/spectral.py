@@ -17,7 +17,7 @@ class SpectralRegularization(Regularizer):
     biases that learn. The scales of normalization layers are left alone. The method was made for networks that start
     at random weights: the matrices of a pretrained language model are far from one, so that its weight must be small.
 
-    Cost: no pass; two products of each matrix with a vector, and one more per step of the iteration.
+    Cost: no pass; a product of each matrix with a vector, and two more per step of the iteration.
 
     Args:
         weight (`float`): of the penalty.

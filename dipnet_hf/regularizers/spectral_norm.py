@@ -11,13 +11,13 @@ from .regularizer import Batch, Regularizer
 
 @dataclass
 class SpectralNorm(Regularizer):
-    """Train on `loss + weight / 2 * sum of sigma(W)^2` (Yoshida and Miyato 2017, arXiv 1705.10941, eq. 2).
+    """Train on `loss + weight / 2 * sum of sigma(W)^2` (Yoshida and Miyato 2017, arXiv 1705.10941).
 
     `sigma(W)` is the largest singular value of a weight matrix that learns, see `SpectralNorms`, with the gradient
-    `sigma u v^T` of half its square. As in algorithm 1, power iteration finds it, and goes on from one batch to the
-    next. With LoRA it is that of `W + s B A`.
+    `sigma u v^T` of half its square. Power iteration finds it, and goes on from one batch to the next. With LoRA it is
+    that of `W + s B A`.
 
-    Cost: no pass; two products of each matrix with a vector, and one more per step of the iteration.
+    Cost: no pass; a product of each matrix with a vector, and two more per step of the iteration.
 
     Args:
         weight (`float`): lambda of the paper.

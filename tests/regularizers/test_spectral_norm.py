@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import Trainer
 
-from dipnet_hf.regularizers import Batch, SpectralNorm, regularize
-from tests.helpers import collate, losses, make_rows, make_trainer
+from dipnet_hf.regularizers import Batch, SpectralNorm
+from tests.helpers import assert_resumes, collate, make_rows
 from tests.tiny_models import build
 
 
@@ -38,16 +37,7 @@ def test_a_penalty_counts_by_the_share_of_its_batch():
 
 
 def test_a_resumed_run_goes_on_as_if_uninterrupted(tmp_path):
-    runs = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        arguments = dict(save_strategy="steps", save_steps=2, max_steps=4, learning_rate=1e-2)
-        trainer = make_trainer(build("llama"), make_rows(), tmp_path, Trainer, **arguments)
-        regularize(trainer, SpectralNorm(weight=0.1))
-        trainer.train(resume_from_checkpoint=checkpoint)
-        runs.append(trainer)
-    assert losses(runs[1])[-2:] == losses(runs[0])[-2:]
-    for parameter, other in zip(*(run.model.parameters() for run in runs), strict=True):
-        assert torch.equal(parameter, other)
+    assert_resumes(lambda: build("llama"), lambda: SpectralNorm(weight=0.1), tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{"weight": 0.0}, {"weight": float("nan")}, {"num_iterations": 0}], ids=str)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer
 
-from dipnet_hf.regularizers import TensorDropout, regularize
-from tests.helpers import checkpointed, collate, dip_model, gradients, logits, losses, make_rows, make_trainer
+from dipnet_hf.regularizers import TensorDropout
+from tests.helpers import assert_resumes, checkpointed, collate, dip_model, gradients, logits, make_rows
 from tests.tiny_models import build
 
 
@@ -87,14 +86,7 @@ def test_it_works_beside_dip():
 
 
 def test_a_resumed_run_goes_on_as_if_uninterrupted(tmp_path):
-    runs = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        arguments = dict(save_strategy="steps", save_steps=2, max_steps=4, learning_rate=1e-2)
-        trainer = make_trainer(lora_model(), make_rows(), tmp_path, Trainer, **arguments)
-        regularize(trainer, TensorDropout(p=0.5))
-        trainer.train(resume_from_checkpoint=checkpoint)
-        runs.append(trainer)
-    assert losses(runs[1])[-2:] == losses(runs[0])[-2:]
+    assert_resumes(lora_model, lambda: TensorDropout(p=0.5), tmp_path)
 
 
 def test_models_without_lora_are_refused():

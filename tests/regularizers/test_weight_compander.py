@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, Trainer
 
 from dipnet_hf.regularizers import WeightCompander, regularize
 from dipnet_hf.regularizers.weight_compander import Compander
-from tests.helpers import calibrated_model, logits, losses, make_rows, make_trainer
+from tests.helpers import assert_resumes, calibrated_model, logits, make_rows, make_trainer
 from tests.tiny_models import build, make_batch
 
 
@@ -112,32 +112,23 @@ def lora_model():
 MODELS = {"full": lambda: build("llama"), "lora": lora_model}
 
 
-def trained(tmp_path, weights, checkpoint=None, **arguments):
-    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2} | arguments
-    trainer = make_trainer(MODELS[weights](), make_rows(), tmp_path, Trainer, **arguments)
-    regularize(trainer, WeightCompander())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer
-
-
 @pytest.mark.parametrize("weights", MODELS)
 def test_a_resumed_run_goes_on_as_if_uninterrupted_and_all_that_is_saved_is_plain(tmp_path, weights):
-    runs = [trained(tmp_path, weights, checkpoint) for checkpoint in (None, str(tmp_path / "checkpoint-2"))]
-    assert losses(runs[1])[-2:] == losses(runs[0])[-2:]
-    final = runs[0].model
-    for (name, parameter), other in zip(final.named_parameters(), runs[1].model.parameters(), strict=True):
-        assert torch.equal(parameter, other)
-        assert "parametrizations" not in name
-    runs[0].save_model(str(tmp_path / "final"))
-    for folder in ("final", "checkpoint-4"):
+    trainer, _ = assert_resumes(MODELS[weights], WeightCompander, tmp_path)
+    assert not any("parametrizations" in name for name, _ in trainer.model.named_parameters())
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in ("final", "checkpoint-2"):
         saved = LlamaForCausalLM.from_pretrained(tmp_path / folder) if weights == "full" else None
         saved = saved or PeftModel.from_pretrained(build("llama"), tmp_path / folder)
-        assert torch.equal(logits(saved), logits(final.eval()))
+        assert torch.equal(logits(saved), logits(trainer.model.eval()))
 
 
 def test_the_best_model_is_plain(tmp_path):
-    best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, learning_rate=0.5)
-    trainer = trained(tmp_path, "full", **best)
+    steps = dict.fromkeys(("save_strategy", "eval_strategy"), "steps") | dict(save_steps=1, eval_steps=1)
+    best = dict(load_best_model_at_end=True, learning_rate=0.5)
+    trainer = make_trainer(build("llama"), make_rows(), tmp_path, Trainer, **steps, **best)
+    regularize(trainer, WeightCompander())
+    trainer.train()
     evaluated = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert trainer.evaluate()["eval_loss"] == min(evaluated)
 
