@@ -21,12 +21,14 @@ from transformers import (
     BartForCausalLM,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Trainer,
     TrainingArguments,
 )
 
 from dipnet_hf import DipConfig, DipTrainer, get_dip_model
 from dipnet_hf.noise import BLOCK_LENGTH, fold_in
 from dipnet_hf.projection import DipProjection
+from dipnet_hf.regularizers import regularize
 from tests.tiny_models import VOCAB_SIZE, build, make_batch
 
 # ---- models ----
@@ -148,6 +150,13 @@ def gradients(model, loss):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def regularized_gradients(regularizer, model, batch=None):
+    """The gradients of one step with a method, one for each parameter."""
+    regularizer.attach(model)
+    regularizer.backward(model, batch or {})
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def assert_same(model, other, name="llama"):
     """Both models give the same answer, with and without noise."""
     batch = make_batch(name)
@@ -238,6 +247,21 @@ def make_trainer(model, rows, tmp_path, trainer_class=DipTrainer, **arguments):
     defaults = dict(use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
     arguments = TrainingArguments(output_dir=str(tmp_path), **{**defaults, **arguments})
     return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+
+
+def assert_resumes(make_model, make_method, folder, **arguments):
+    """A run with a regularizer that goes on from the middle ends as one without a break; returns both trainers."""
+    arguments = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2} | arguments
+    runs = []
+    for checkpoint in (None, str(folder / "checkpoint-1")):
+        trainer = make_trainer(make_model(), make_rows(), folder, Trainer, **arguments)
+        regularize(trainer, make_method())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(trainer)
+    assert losses(runs[1])[-1] == losses(runs[0])[-1]
+    for (name, parameter), other in zip(runs[0].model.named_parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+    return runs
 
 
 def word_tokenizer():

@@ -3,6 +3,7 @@
 What is peculiar to an architecture stands in its row; the tests ask the same of all.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -242,3 +243,15 @@ def make_batch(name: str, num_rows: int = 4) -> dict[str, torch.Tensor]:
         "pixel_values": torch.randn(num_rows, 3, size, size, generator=generator),
         "labels": torch.randint(NUM_CLASSES, (num_rows,), generator=generator),
     }
+
+
+class Quadratic(torch.nn.Module):
+    """A loss with closed forms, half of w H w in float64, H diagonal: its gradient is H w."""
+
+    def __init__(self, curvature: list[float], weights: list[float]):
+        super().__init__()
+        self.curvature = torch.tensor(curvature, dtype=torch.float64)
+        self.weights = torch.nn.Parameter(torch.tensor(weights, dtype=torch.float64))
+
+    def forward(self) -> SimpleNamespace:
+        return SimpleNamespace(loss=(self.curvature * self.weights**2).sum() / 2)

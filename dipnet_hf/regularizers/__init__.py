@@ -6,12 +6,28 @@ regularize(trainer, SAM(rho=0.05))
 trainer.train()
 """
 
+from .averaging import WeightAverage
+from .gam import GAM
+from .gradient_norm import GradientNormPenalty
 from .in_trainer import regularize
+from .l2_sp import L2SP
 from .regularizer import Batch, Regularizer
 from .sam import SAM
+from .spectral import SpectralRegularization
+from .spectral_norm import SpectralNorm
+from .tensor_dropout import TensorDropout
+from .weight_compander import WeightCompander
 
 METHODS: dict[str, type[Regularizer]] = {
+    "gam": GAM,
+    "gradient_norm": GradientNormPenalty,
+    "l2_sp": L2SP,
     "sam": SAM,
+    "spectral": SpectralRegularization,
+    "spectral_norm": SpectralNorm,
+    "tensor_dropout": TensorDropout,
+    "weight_average": WeightAverage,
+    "weight_compander": WeightCompander,
 }
 
 __all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]

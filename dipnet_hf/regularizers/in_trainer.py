@@ -53,13 +53,18 @@ class _Regularized:
         self._refines = type(regularizer).refine_gradient is not Regularizer.refine_gradient
         self._steps: list[tuple[Any, Any, RandomState]] = []  # the batches of the step so far
         self._names = (
-            *("compute_loss", "training_step", "create_optimizer"),
+            *("train", "compute_loss", "training_step", "create_optimizer", "evaluation_loop"),
             *("save_model", "_load_from_checkpoint", "_load_best_model"),
         )
         self._originals = {name: getattr(trainer, name) for name in self._names}
 
     def stand_in(self) -> None:
         vars(self._trainer).update({name: getattr(self, name) for name in self._names})
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._originals["train"](*args, **kwargs)
+        self._regularizer.finish()
+        return output
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         was_given = self._trainer.optimizer is not None
@@ -108,15 +113,22 @@ class _Regularized:
                 self._originals["training_step"](model, inputs, num_items)
         vars(self._trainer).update(counted)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._regularizer.finished():
+            return self._originals["evaluation_loop"](*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        self._originals["save_model"](output_dir, *args, **kwargs)
+        with self._regularizer.finished():
+            self._originals["save_model"](output_dir, *args, **kwargs)
         if self._trainer.args.should_save:
             self._regularizer.save(output_dir or self._trainer.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        self._originals["_load_from_checkpoint"](resume_from_checkpoint, *args, **kwargs)
+        with self._regularizer.finished():
+            self._originals["_load_from_checkpoint"](resume_from_checkpoint, *args, **kwargs)
         self._regularizer.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._originals["_load_best_model"]()
+        with self._regularizer.finished():
+            self._originals["_load_best_model"]()
         self._regularizer.load(self._trainer.state.best_model_checkpoint)

@@ -75,10 +75,18 @@ class Regularizer:
     def detach(self) -> None:
         """Give the model back as it was, but for what it has learned."""
 
+    _is_watching = False
+
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `before_step` and `after_step` around every step of the optimizer."""
+        self._is_watching = True
         optimizer.register_step_pre_hook(lambda optimizer, *_: self.before_step(optimizer))
         optimizer.register_step_post_hook(lambda *_: self.after_step())
+
+    def check_watching(self) -> None:
+        """Raise ValueError unless an optimizer is watched: for methods that act on the weights at its steps."""
+        if not self._is_watching:
+            raise ValueError(f"{type(self).__name__} acts at the steps of the optimizer: attach(model, optimizer).")
 
     # ---- what a method does ----
 
@@ -99,6 +107,16 @@ class Regularizer:
 
     def after_step(self) -> None:
         """Act on the weights right after the optimizer did."""
+
+    # ---- the network that training is for, where that is not the one that trains ----
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Context in which the model is as `finish` would leave it: so it is evaluated and saved during training."""
+        yield
+
+    def finish(self) -> None:
+        """Give the model, at the end of training, the weights that it is used with."""
 
     # ---- a loop of one's own ----
 
@@ -185,6 +203,11 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and "dip_logvar" not in name
     }
+
+
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or as it is where it is more precise."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def with_gradients(model: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:

@@ -1,45 +1,24 @@
 """SAM and ASAM against steps written by hand, closed forms of quadratics and finite differences."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 
 from dipnet_hf.regularizers import SAM
-from tests.helpers import collate, make_rows
-from tests.tiny_models import build
-
-
-class Quadratic(nn.Module):
-    """Half of w H w, whose gradient is H w."""
-
-    def __init__(self, curvature, weights):
-        super().__init__()
-        self.curvature = torch.tensor(curvature, dtype=torch.float64)
-        self.weights = nn.Parameter(torch.tensor(weights, dtype=torch.float64))
-
-    def forward(self):
-        return SimpleNamespace(loss=(self.curvature * self.weights**2).sum() / 2)
-
-
-def gradient(regularizer, model, batch):
-    regularizer.attach(model)
-    regularizer.backward(model, batch)
-    return [parameter.grad for parameter in model.parameters()]
+from tests.helpers import collate, make_rows, regularized_gradients
+from tests.tiny_models import Quadratic, build
 
 
 def test_on_a_quadratic_it_is_the_closed_form():
     """H (w + rho H w / |H w|), with H w = (3, 4) of norm 5."""
     model = Quadratic([1.0, 2.0], [3.0, 2.0])
-    (found,) = gradient(SAM(rho=0.5), model, {})
+    (found,) = regularized_gradients(SAM(rho=0.5), model)
     torch.testing.assert_close(found, torch.tensor([3.0 + 0.3, 2.0 * (2.0 + 0.4)], dtype=torch.float64))
     assert model.weights.tolist() == [3.0, 2.0]
 
 
 def test_adaptive_on_a_quadratic_it_is_the_closed_form():
     """T = |w| + eta = (4, 3), T g = (12, 12), T^2 g / |T g| = (48, 36) / (12 sqrt 2)."""
-    (found,) = gradient(SAM(rho=0.5, adaptive=True, eta=1.0), Quadratic([1.0, 2.0], [3.0, 2.0]), {})
+    (found,) = regularized_gradients(SAM(rho=0.5, adaptive=True, eta=1.0), Quadratic([1.0, 2.0], [3.0, 2.0]))
     moved = torch.tensor([3.0 + 0.5 * 48 / (12 * 2**0.5), 2.0 + 0.5 * 36 / (12 * 2**0.5)], dtype=torch.float64)
     torch.testing.assert_close(found, moved * torch.tensor([1.0, 2.0], dtype=torch.float64))
 
@@ -48,7 +27,7 @@ def test_adaptive_does_not_depend_on_the_scale_of_weights():
     """ASAM's point: w of twice the size and inputs of half of it are the same network, and its worst loss is too."""
     for factor in (1.0, 2.0):
         model = Quadratic([1.0 / factor**2, 2.0 / factor**2], [3.0 * factor, 2.0 * factor])
-        (found,) = gradient(SAM(rho=0.5, adaptive=True, eta=1e-12), model, {})
+        (found,) = regularized_gradients(SAM(rho=0.5, adaptive=True, eta=1e-12), model)
         if factor == 1.0:
             expected = found
     torch.testing.assert_close(found * factor, expected)
@@ -56,7 +35,7 @@ def test_adaptive_does_not_depend_on_the_scale_of_weights():
 
 def test_on_a_network_it_is_the_step_written_by_hand():
     batch = collate(list(make_rows())[:4])
-    found = gradient(SAM(rho=0.1), model := build("llama"), batch)
+    found = regularized_gradients(SAM(rho=0.1), model := build("llama"), batch)
     other = build("llama")
     other(**batch).loss.backward()
     ascent = [parameter.grad.clone() for parameter in other.parameters()]
@@ -72,7 +51,7 @@ def test_on_a_network_it_is_the_step_written_by_hand():
 
 
 def test_a_step_without_a_gradient_stays_finite():
-    (found,) = gradient(SAM(), Quadratic([1.0, 2.0], [0.0, 0.0]), {})
+    (found,) = regularized_gradients(SAM(), Quadratic([1.0, 2.0], [0.0, 0.0]))
     assert found.tolist() == [0.0, 0.0]
 
 

@@ -1,0 +1,67 @@
+"""What methods ask of LoRA: its layers, and the two small matrices of which a layer's change of weight is the product.
+
+Shape legend: I inputs, O outputs, R rank.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from torch import nn
+
+from .regularizer import precise
+
+
+def lora_layers(model: nn.Module, method: str) -> dict[str, Any]:
+    """The layers whose LoRA learns, by name.
+
+    Args:
+        model (`nn.Module`): any network.
+        method (`str`): who asks, for the errors.
+
+    Raises:
+        ValueError: one of them adds something other than the product of two matrices to the weight of a linear layer.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and any(parameter.requires_grad for parameter in _matrices(module))
+    }
+    for name, layer in layers.items():
+        if not all(_is_plain(layer, adapter) for adapter in adapters_of(layer)):
+            kind = type(layer.get_base_layer()).__name__
+            raise ValueError(
+                f"{method} knows plain LoRA of linear layers, and that of {name} ({kind}) is of another kind: leave "
+                "the layer out of target_modules, and switch variants such as use_dora off."
+            )
+    return layers
+
+
+def _matrices(layer: LoraLayer) -> list[nn.Parameter]:
+    modules = [getattr(layer, name) for name in layer.adapter_layer_names]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _is_plain(layer: LoraLayer, adapter: str) -> bool:
+    """Whether A and B are linear layers that run one after the other."""
+    if isinstance(layer, (ParamWrapper, MultiheadAttention)) or layer.lora_variant.get(adapter):
+        return False
+    return adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
+
+
+def adapters_of(layer: LoraLayer) -> list[str]:
+    """The names of the active adapters that the layer has."""
+    return [
+        adapter for adapter in layer.active_adapters if adapter in layer.lora_A or adapter in layer.lora_embedding_A
+    ]
+
+
+def factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of all active adapters, so that `B @ A` is what they add to the weight, in float32 or higher.
+
+    Returns:
+        `torch.Tensor` of shape `(R, I)` and `torch.Tensor` of shape `(O, R)`: the latter with LoRA's factor.
+    """
+    A_RI = torch.cat([precise(layer.lora_A[adapter].weight) for adapter in adapters_of(layer)])
+    scaled = [layer.scaling[adapter] * precise(layer.lora_B[adapter].weight) for adapter in adapters_of(layer)]
+    return A_RI, torch.cat(scaled, dim=1)

@@ -1,0 +1,141 @@
+"""Weights as a bounded function of what is learned in their place."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from .regularizer import Regularizer, precise, weights
+
+_LAYERS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
+
+
+@dataclass
+class WeightCompander(Regularizer):
+    """Weight compander (Cakaj, Mehnert and Yang 2023, arXiv 2306.16993): `w = a * arctan(v / b)`, and `v` learns.
+
+    No weight leaves `a * pi / 2`, and steps of `v` move large weights less than small ones. Each matrix of a linear
+    layer or a convolution that learns has its own `a` and `b`. At first both are `margin * 2 / pi * max |w|`, so that
+    small weights move as they did, and `v = b * tan(w / a)`, so that training starts at the weights there are. A
+    matrix of zeros, as LoRA begins with, has `a = b = 1`. Left alone are matrices that two layers share, embeddings,
+    and matrices that lie in one parameter, as those of experts may. With LoRA it is A and B that are companded.
+
+    The model is evaluated and saved with plain weights, and has them after training; `v`, `a` and `b` are in the
+    state of checkpoints.
+
+    Cost: no pass; an arctangent of each weight per use of it, forward and backward, and memory for both.
+
+    Args:
+        margin (`float`): how far above the largest weight the bound is at first, as a factor above 1.
+        learned (`bool`): `a` and `b` learn too, through their logarithms, which weight decay draws to the start.
+
+    Raises:
+        ValueError: a setting out of range, or a model without matrices that the method can act on.
+    """
+
+    margin: float = 2.0
+    learned: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 < self.margin < math.inf:
+            raise ValueError(f"margin of WeightCompander must be above 1 and finite, got {self.margin!r}.")
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """See `Regularizer`."""
+        super().attach(model, optimizer)
+        uses: Counter[Any] = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+        learning = set(weights(model).values())
+        modules: dict[str, Any] = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, _LAYERS) and module.weight in learning and uses[module.weight] == 1
+        }
+        if not modules:
+            raise ValueError(
+                f"WeightCompander has nothing to act on: no layer of {type(model).__name__} has a weight matrix of "
+                "its own that learns."
+            )
+        self._layers = {name: (module, Compander(module.weight, self)) for name, module in modules.items()}
+        self._compand()
+
+    def _compand(self) -> None:
+        for module, compander in self._layers.values():
+            parametrize.register_parametrization(module, "weight", compander)
+
+    def detach(self) -> None:
+        """See `Regularizer`."""
+        for module, _ in self._layers.values():
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        self._layers = {}
+
+    def finish(self) -> None:
+        """See `Regularizer`: the weights are plain ones."""
+        self.detach()
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """See `Regularizer`: the weights are plain ones; afterwards those that learn come back to the bit."""
+        layers, learning = self._layers, {name: values.clone() for name, values in self._originals().items()}
+        self.detach()
+        try:
+            yield
+        finally:
+            self._layers = layers
+            self._compand()
+            self._copy_originals(learning)
+
+    def _originals(self) -> dict[str, torch.Tensor]:
+        return {name: module.parametrizations.weight.original for name, (module, _) in self._layers.items()}
+
+    @torch.no_grad()
+    def _copy_originals(self, values: dict[str, torch.Tensor]) -> None:
+        for name, original in self._originals().items():
+            original.copy_(values[name])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """See `Regularizer`."""
+        companders = {name: compander for name, (_, compander) in self._layers.items()}
+        settings = {f"{name}.{key}": value for name, c in companders.items() for key, value in c.state_dict().items()}
+        return settings | {f"{name}.v": original for name, original in self._originals().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """See `Regularizer`; after training there is nothing to take up, as the weights are plain."""
+        for name, (_, compander) in self._layers.items():
+            compander.load_state_dict({key: state[f"{name}.{key}"] for key in compander.state_dict()})
+        self._copy_originals({name: state[f"{name}.v"] for name in self._layers})
+
+
+class Compander(nn.Module):
+    """`a * arctan(v / b)` of one matrix; `a` and `b` are float32.
+
+    Args:
+        weight (`torch.Tensor`): the weights to start at.
+        method (`WeightCompander`): its settings.
+    """
+
+    start: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, method: WeightCompander) -> None:
+        super().__init__()
+        largest = weight.detach().abs().max().float()
+        start = torch.where(largest > 0, method.margin * 2 / math.pi * largest, 1.0)
+        self.register_buffer("start", start)
+        self.log_a = nn.Parameter(torch.zeros_like(start), requires_grad=method.learned)
+        self.log_b = nn.Parameter(torch.zeros_like(start), requires_grad=method.learned)
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        """The weights."""
+        a, b = self.start * self.log_a.exp(), self.start * self.log_b.exp()
+        return (a * torch.atan(precise(v) / b)).to(v.dtype)
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        """What learns in place of weights."""
+        a, b = self.start * self.log_a.exp(), self.start * self.log_b.exp()
+        return (b * torch.tan(precise(weight) / a)).to(weight.dtype)
