@@ -7,10 +7,12 @@ trainer.train()
 """
 
 from .in_trainer import regularize
+from .neftune import NEFTune
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
+    "neftune": NEFTune,
     "sam": SAM,
 }
 
