@@ -8,11 +8,13 @@ trainer.train()
 
 from .in_trainer import regularize
 from .neftune import NEFTune
+from .r_drop import RDrop
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
     "neftune": NEFTune,
+    "r_drop": RDrop,
     "sam": SAM,
 }
 

@@ -9,6 +9,9 @@ from recipes.config import load_config
 from tests.helpers import losses, read_results
 from tests.recipes.conftest import WEIGHTS
 
+# What methods need that have no effect as they come.
+SETTINGS = {"r_drop": {"layer_dropout": 0.1}}
+
 
 @pytest.fixture
 def configure(model_folder, problems_folder, tmp_path):
@@ -42,7 +45,8 @@ def configure(model_folder, problems_folder, tmp_path):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_through_the_recipe(configure, shared, tmp_path, name, weights):
-    config = configure(shared / "models" / "stories260K", weights=WEIGHTS[weights], regularizer={"name": name})
+    regularizer = {"name": name, **SETTINGS.get(name, {})}
+    config = configure(shared / "models" / "stories260K", weights=WEIGHTS[weights], regularizer=regularizer)
     if METHODS[name].needs_lora and weights == "full":
         with pytest.raises(ValueError, match=f"{METHODS[name].__name__} .* LoRA"):
             finetune.main([config])
