@@ -8,12 +8,14 @@ trainer.train()
 
 from .in_trainer import regularize
 from .neftune import NEFTune
+from .normality import NormalityNormalization
 from .r_drop import RDrop
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
     "neftune": NEFTune,
+    "normality": NormalityNormalization,
     "r_drop": RDrop,
     "sam": SAM,
 }
