@@ -12,12 +12,14 @@ from .normality import NormalityNormalization
 from .r_drop import RDrop
 from .regularizer import Batch, Regularizer
 from .sam import SAM
+from .vib import VIB
 
 METHODS: dict[str, type[Regularizer]] = {
     "neftune": NEFTune,
     "normality": NormalityNormalization,
     "r_drop": RDrop,
     "sam": SAM,
+    "vib": VIB,
 }
 
 __all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]
