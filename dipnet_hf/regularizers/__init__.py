@@ -7,6 +7,7 @@ trainer.train()
 """
 
 from .in_trainer import regularize
+from .monteclora import MonteCLoRA
 from .neftune import NEFTune
 from .normality import NormalityNormalization
 from .r_drop import RDrop
@@ -15,6 +16,7 @@ from .sam import SAM
 from .vib import VIB
 
 METHODS: dict[str, type[Regularizer]] = {
+    "monteclora": MonteCLoRA,
     "neftune": NEFTune,
     "normality": NormalityNormalization,
     "r_drop": RDrop,
