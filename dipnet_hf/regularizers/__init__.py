@@ -11,21 +11,31 @@ from .gam import GAM
 from .gradient_norm import GradientNormPenalty
 from .in_trainer import regularize
 from .l2_sp import L2SP
+from .monteclora import MonteCLoRA
+from .neftune import NEFTune
+from .normality import NormalityNormalization
+from .r_drop import RDrop
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 from .spectral import SpectralRegularization
 from .spectral_norm import SpectralNorm
 from .tensor_dropout import TensorDropout
+from .vib import VIB
 from .weight_compander import WeightCompander
 
 METHODS: dict[str, type[Regularizer]] = {
     "gam": GAM,
     "gradient_norm": GradientNormPenalty,
     "l2_sp": L2SP,
+    "monteclora": MonteCLoRA,
+    "neftune": NEFTune,
+    "normality": NormalityNormalization,
+    "r_drop": RDrop,
     "sam": SAM,
     "spectral": SpectralRegularization,
     "spectral_norm": SpectralNorm,
     "tensor_dropout": TensorDropout,
+    "vib": VIB,
     "weight_average": WeightAverage,
     "weight_compander": WeightCompander,
 }

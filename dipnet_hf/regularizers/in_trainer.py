@@ -1,7 +1,8 @@
 """A regularizer inside transformers' Trainer and any subclass of it, TRL's and this package's among them."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from transformers import Trainer
@@ -78,9 +79,14 @@ class _Regularized:
         if not self._trainer.model.training or return_outputs:
             return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
 
+        num_runs = 0
+
         def run(outputs: bool = False) -> tuple[Any, Any]:
-            # A copy, as losses may take the labels out.
-            result = original(model, dict(inputs), return_outputs=outputs, num_items_in_batch=num_items_in_batch)
+            nonlocal num_runs
+            num_runs += 1
+            with nullcontext() if num_runs == 1 else self._uncounted():
+                # A copy, as losses may take the labels out.
+                result = original(model, dict(inputs), return_outputs=outputs, num_items_in_batch=num_items_in_batch)
             return result if outputs else (result, None)
 
         trainer = self._trainer
@@ -105,12 +111,18 @@ class _Regularized:
 
     def _recompute(self, model, steps: list[tuple[Any, Any, RandomState]]) -> None:
         """Compute the gradients of a step anew, with what it drew; processes share them after the last batch."""
-        counted = {name: copy.deepcopy(value) for name, value in vars(self._trainer).items() if name in _COUNTED}
         zero_gradients(model)
         for number, (inputs, num_items, state) in enumerate(steps, start=1):
             is_last = number == len(steps)
-            with nullcontext() if is_last else self._trainer.accelerator.no_sync(model), state.restored():
+            synchronized = nullcontext() if is_last else self._trainer.accelerator.no_sync(model)
+            with self._uncounted(), synchronized, state.restored():
                 self._originals["training_step"](model, inputs, num_items)
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Context of a pass that logs do not count, since they have counted its batch."""
+        counted = {name: copy.deepcopy(value) for name, value in vars(self._trainer).items() if name in _COUNTED}
+        yield
         vars(self._trainer).update(counted)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

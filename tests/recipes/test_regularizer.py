@@ -1,13 +1,20 @@
 """Every regularizer through the fine-tuning recipe on a real model, a Llama of 260,000 parameters."""
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from dipnet_hf.regularizers import METHODS
 from recipes import finetune
 from recipes.config import load_config
 from tests.helpers import losses, read_results
 from tests.recipes.conftest import WEIGHTS
+
+# What methods need that have no effect as they come.
+SETTINGS = {"r_drop": {"layer_dropout": 0.1}}
+LORA_SETTINGS = {"monteclora": {"monteclora_config": {"num_samples": 2, "buffer_size": 1}}}
 
 
 @pytest.fixture
@@ -42,7 +49,9 @@ def configure(model_folder, problems_folder, tmp_path):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_through_the_recipe(configure, shared, tmp_path, name, weights):
-    config = configure(shared / "models" / "stories260K", weights=WEIGHTS[weights], regularizer={"name": name})
+    regularizer = {"name": name, **SETTINGS.get(name, {})}
+    own = "full" if weights == "full" else WEIGHTS[weights] | LORA_SETTINGS.get(name, {})
+    config = configure(shared / "models" / "stories260K", weights=own, regularizer=regularizer)
     if METHODS[name].needs_lora and weights == "full":
         with pytest.raises(ValueError, match=f"{METHODS[name].__name__} .* LoRA"):
             finetune.main([config])
@@ -73,3 +82,38 @@ def test_a_method_runs_beside_dip(configure, tmp_path):
 def test_a_method_that_is_not_there_is_refused(configure, regularizer, message):
     with pytest.raises(ValueError, match=message):
         load_config(configure(regularizer=regularizer))
+
+
+@pytest.mark.parametrize("samples_at_inference", [False, True])
+def test_pvera_trains_and_samples_where_it_is_asked_to(configure, model_folder, tmp_path, samples_at_inference):
+    """PEFT's own, a comparator that is a kind of weights."""
+    weights = {"peft_type": "PVERA", "r": 4, "target_modules": "all-linear", "d_initial": 1.0}
+    finetune.main([configure(weights=weights | {"sample_at_inference": samples_at_inference})])
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    learned = [parameter for name, parameter in model.named_parameters() if "pvera_lambda_b" in name]
+    assert all(vector.any() for vector in learned)
+    first, second = answers(model)
+    assert torch.equal(first, second) != samples_at_inference
+    assert not torch.equal(*answers(model.train()))
+
+
+def test_monteclora_trains_and_answers_by_its_mean(configure, model_folder, tmp_path):
+    """PEFT's own: at inference it is the LoRA of the mean, which nothing can sample."""
+    monteclora = {"num_samples": 2, "buffer_size": 1, "sample_scaler": 0.1}
+    finetune.main([configure(weights=WEIGHTS["lora"] | {"monteclora_config": monteclora})])
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    assert all(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+    first, second = answers(model)
+    assert torch.equal(first, second)
+    assert not torch.equal(*answers(model.train()))
+    merged = model.eval().merge_and_unload()
+    torch.testing.assert_close(answers(merged)[0], first)
+
+
+def answers(model):
+    """Two passes."""
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        return model(input_ids=ids).logits, model(input_ids=ids).logits

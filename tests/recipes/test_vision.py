@@ -29,9 +29,11 @@ def test_every_network_trains_by_every_method(short, digits, tmp_path, name, met
     network, method = vision.NETWORKS[name], vision.METHODS[method]
     model = vision.train(network, method, method.values[0], 0, as_rows(digits["train"]), tmp_path)
     torch.manual_seed(0)
-    untrained = network.make().state_dict()
-    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), untrained.values(), strict=False) if p.dim() > 1)
-    assert 0 <= vision.measure(model, **{"images": digits["test"]["pixel_values"], "labels": digits["test"]["labels"]})["nll"]
+    untrained = dict(network.make().named_parameters())
+    trained = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+    assert all(not torch.equal(trained[name], p) for name, p in untrained.items() if p.dim() > 1)
+    scores = vision.score(model, digits["test"]["pixel_values"], digits["test"]["labels"])
+    assert all(0 <= row["accuracy"] <= 1 and row["nll"] > 0 for row in scores.values())
 
 
 def test_fixed_noise_on_the_image_does_not_learn(short, digits, tmp_path):
