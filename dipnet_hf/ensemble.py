@@ -11,6 +11,7 @@ Shape legend: S samples, B batch, L sequence, V vocabulary. Row s * B + b is sam
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -51,6 +52,17 @@ def mean_logit(logits_SBLV: torch.Tensor) -> torch.Tensor:
 
 
 AVERAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"prob": mean_prob, "logit": mean_logit}
+
+
+def average_of(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The way to average of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in AVERAGES:
+        raise ValueError(f"average must be one of {list(AVERAGES)}, got {name!r}.")
+    return AVERAGES[name]
 
 
 class Ensemble(SampledRows):
@@ -147,7 +159,12 @@ def predict(model: PeftModel, inputs: Mapping[str, Any], num_samples: int, seed:
     """
     if not hasattr(model, "ensemble_samples"):
         raise ValueError(f"predict needs a model with a DIP adapter, from get_dip_model, got {type(model).__name__}.")
+    return predict_in(model.ensemble_samples(num_samples, seed), model, inputs)
+
+
+def predict_in(samples: AbstractContextManager[None], model: nn.Module, inputs: Mapping[str, Any]) -> Prediction:
+    """As `predict`, within a context in which a model's logits are those of its samples, of shape `(k, B, ...)`."""
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.no_grad(), model.ensemble_samples(num_samples, seed):
+    with torch.no_grad(), samples:
         logits_SBLV = model(**inputs).logits
     return predictive_entropies(torch.log_softmax(logits_SBLV.float(), dim=-1))

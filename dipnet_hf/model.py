@@ -30,7 +30,7 @@ from .calibration_loss import CalibrationLoss
 from .config import DipConfig
 from .contexts import ContextValue
 from .draws import RecomputeMemory
-from .ensemble import AVERAGES, Ensemble
+from .ensemble import Ensemble, average_of
 from .generation import GenerationGuard
 from .hidden_states import HiddenStateCapture
 from .late_expansion import Inputs, LateExpansion
@@ -376,9 +376,7 @@ class DipModel(BaseTuner):
                 this one. Within: beam search and other searches over several continuations, assisted decoding, static
                 and quantized caches, packed batches, a prompt that is empty or longer than the context.
         """
-        if average not in AVERAGES:
-            raise ValueError(f"average must be one of {list(AVERAGES)}, got {average!r}.")
-        with self.ensemble_samples(num_samples, seed, AVERAGES[average]):
+        with self.ensemble_samples(num_samples, seed, average_of(average)):
             yield
 
     @contextlib.contextmanager

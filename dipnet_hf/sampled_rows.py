@@ -37,6 +37,7 @@ class SampledPass(PerThread):
     """What is known of the forward pass that a thread runs now."""
 
     num_rows: int | None = None  # B while a forward pass of the samples runs
+    length: int | None = None  # L, where there are tokens
     labels: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,8 +107,9 @@ class SampledRows:
         self._now.labels = self._pop_labels(inputs)
         self._mark(inputs.get("past_key_values"))
         tokens = main if name in TEXT_INPUTS else None
-        positions_BL = None
+        positions_BL = self._now.length = None
         if tokens is not None:
+            self._now.length = tokens.shape[1]
             positions_BL = self._positions(inputs, tokens)
             self._check_positions(positions_BL, padded=inputs.get("attention_mask") is not None)
         return Repeated(self.expansion.expand(inputs, num_rows), num_rows, tokens, positions_BL)

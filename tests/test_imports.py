@@ -83,7 +83,10 @@ TABLE = {
     "progress": Row(others="transformers"),
     "generation_callback": Row(ours="architecture", others="torch transformers"),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
-    "regularizers": Row(others="safetensors torch transformers"),
+    "regularizers": Row(
+        ours="architecture contexts ensemble generation noise sampled_rows uncertainty",
+        others="peft safetensors torch transformers",
+    ),
     "axolotl": Row(ours="config trainer", others="axolotl peft pydantic"),
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),

@@ -7,10 +7,12 @@ trainer.train()
 """
 
 from .in_trainer import regularize
+from .layer_dropout import LayerDropout
 from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
+    "layer_dropout": LayerDropout,
     "sam": SAM,
 }
 
