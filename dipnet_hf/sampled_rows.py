@@ -85,6 +85,11 @@ class SampledRows:
         self.expansion = LateExpansion(model, list(layers), self.num_samples)
         self._now = SampledPass()
 
+    @property
+    def num_rows(self) -> int | None:
+        """B while this thread runs a forward pass of the samples, None outside."""
+        return self._now.num_rows
+
     # ---- into the model ----
 
     def repeat(self, kwargs: dict[str, Any]) -> Repeated:

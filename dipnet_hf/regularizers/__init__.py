@@ -6,6 +6,7 @@ regularize(trainer, SAM(rho=0.05))
 trainer.train()
 """
 
+from .deep_ensemble import DeepEnsemble
 from .in_trainer import regularize
 from .layer_dropout import LayerDropout
 from .regularizer import Batch, Regularizer
@@ -16,4 +17,11 @@ METHODS: dict[str, type[Regularizer]] = {
     "sam": SAM,
 }
 
-__all__ = ["METHODS", "Batch", "Regularizer", "regularize", *sorted(method.__name__ for method in METHODS.values())]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "DeepEnsemble",
+    "Regularizer",
+    "regularize",
+    *sorted(method.__name__ for method in METHODS.values()),
+]

@@ -157,7 +157,7 @@ class NetworkSamples(SampledRows):
         Raises:
             ValueError: the input has not all of the samples' rows, as one of a router or an expert.
         """
-        num_rows = self._now.num_rows or 0
+        num_rows = self.num_rows or 0
         num_tokens = num_rows * (self._now.length or 1)
         if x.shape[0] != self.num_samples * (num_tokens if x.dim() == 2 else num_rows) or num_rows == 0:
             raise ValueError(
