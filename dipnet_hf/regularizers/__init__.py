@@ -6,6 +6,7 @@ regularize(trainer, SAM(rho=0.05))
 trainer.train()
 """
 
+from .blob import BLoB
 from .deep_ensemble import DeepEnsemble
 from .in_trainer import regularize
 from .layer_dropout import LayerDropout
@@ -13,6 +14,7 @@ from .regularizer import Batch, Regularizer
 from .sam import SAM
 
 METHODS: dict[str, type[Regularizer]] = {
+    "blob": BLoB,
     "layer_dropout": LayerDropout,
     "sam": SAM,
 }
