@@ -12,11 +12,13 @@ from .in_trainer import regularize
 from .layer_dropout import LayerDropout
 from .regularizer import Batch, Regularizer
 from .sam import SAM
+from .tfb import TFB
 
 METHODS: dict[str, type[Regularizer]] = {
     "blob": BLoB,
     "layer_dropout": LayerDropout,
     "sam": SAM,
+    "tfb": TFB,
 }
 
 __all__ = [

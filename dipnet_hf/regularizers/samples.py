@@ -7,7 +7,7 @@ pass over the whole sequence, another batch and another padding see the same k n
 Shape legend: S samples, B batch. Row s * B + b is sample s of row b.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,9 @@ class SampledRegularizer(Answering, Regularizer):
     def detach(self) -> None:
         """See `Regularizer`."""
         self.stop_answering()
+
+    def fit(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Find what the samples need, on training batches after the training; most methods have learned it before."""
 
     def make_samples(self, num_samples: int, seed: int, combine: Combine) -> SampledRows:
         """See `Answering`."""
