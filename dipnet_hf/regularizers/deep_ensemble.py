@@ -13,7 +13,7 @@ from torch import nn
 
 from ..contexts import PerThread
 from ..sampled_rows import Repeated, SampledRows, check_samples
-from .samples import Answering, Combine
+from .samples import Answering, Combine, network_of
 
 
 class DeepEnsemble(Answering):
@@ -51,6 +51,8 @@ class DeepEnsemble(Answering):
         self.num_members = len(self._adapters or self._models)
         if self.num_members < 2:
             raise ValueError(f"A deep ensemble needs at least 2 members, got {self.num_members}.")
+        if len({id(network_of(model)) for model in self._models}) < len(self._models):
+            raise ValueError("Two members of the ensemble are the same model: load each run into one of its own.")
         self.answer_from(self._models[0])
         network: nn.Module = self.network
         if self._adapters:
@@ -121,4 +123,5 @@ class _Members(SampledRows):
         result = super().end(output)
         if (cache := getattr(result, "past_key_values", None)) is not None:
             cache.dip_members = self._pass.caches
+        self._pass.inputs, self._pass.caches = {}, []
         return result

@@ -137,5 +137,7 @@ def test_what_is_no_ensemble_is_refused(kind):
         ensemble.ensemble(2).__enter__()
     with pytest.raises(ValueError, match="needs at least 2 members, got 1"):
         DeepEnsemble([build("llama")])
+    with pytest.raises(ValueError, match="Two members of the ensemble are the same model"):
+        DeepEnsemble([same := build("llama"), same])
     with pytest.raises(ValueError, match="'default' is of IA3Config: give a list of models"):
         DeepEnsemble(get_peft_model(build("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[])))
