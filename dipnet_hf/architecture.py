@@ -96,6 +96,13 @@ def takes_tokens(model: Any) -> bool:
     return "input_ids" in inspect.signature(model.forward).parameters
 
 
+def input_names(model: Any) -> list[str]:
+    """The names of what the model's `forward` takes by position; none if some have no name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    has_nameless = any(p.kind is p.POSITIONAL_ONLY for p in parameters)
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and not has_nameless]
+
+
 def hidden_size(model: Any) -> int | None:
     """The number of channels between the layers, if the config tells."""
     return getattr(text_config(model), "hidden_size", None)

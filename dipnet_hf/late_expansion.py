@@ -12,6 +12,7 @@ from torch import nn
 from .architecture import ROW_INPUTS, TEXT_INPUTS, needs_whole_rows, recomputes_without_hooks
 from .contexts import PerThread
 
+ONE_BY_ONE = "Draw the samples one by one (with DIPNet: model.sampling(seed))."
 _LABELS = ("labels", "shift_labels")
 Inputs = tuple[tuple, dict[str, Any]]  # of a model: positional and by keyword
 
@@ -64,7 +65,7 @@ class LateExpansion:
             return value
         raise ValueError(
             f"An ensemble repeats the rows of its inputs, but {name} of shape {tuple(value.shape)} does not have one "
-            f"for each of the {self._now.num_rows} rows. Draw the samples one by one with model.sampling(seed)."
+            f"for each of the {self._now.num_rows} rows. {ONE_BY_ONE}"
         )
 
     def start(self, num_rows: int) -> None:

@@ -20,10 +20,11 @@ from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .answers import Answer, WritingLM
-from .ensemble import AVERAGES, is_integer
+from .ensemble import AVERAGES
 from .model import DipModel
 from .noise import fold_in
 from .responses import Responses
+from .sampled_rows import is_integer
 
 VOTE = "vote"
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import inspect
 import math
 import os
 import warnings
@@ -17,13 +16,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import objective
-from .architecture import TEXT_INPUTS, is_encoder_decoder, layers_from, layers_if_any, takes_tokens, token_dims
+from .architecture import (
+    TEXT_INPUTS,
+    input_names,
+    is_encoder_decoder,
+    layers_from,
+    layers_if_any,
+    takes_tokens,
+    token_dims,
+)
 from .calibration import calibrate, noise_sweep
 from .calibration_loss import CalibrationLoss
 from .config import DipConfig
 from .contexts import ContextValue
 from .draws import RecomputeMemory
-from .ensemble import AVERAGES, Ensemble, check_prompt
+from .ensemble import Ensemble, average_of
 from .generation import GenerationGuard
 from .hidden_states import HiddenStateCapture
 from .late_expansion import Inputs, LateExpansion
@@ -31,6 +38,7 @@ from .layout import TokenDims
 from .noise import KeySource
 from .passes import FreshPass, Pass
 from .projection import DipProjection
+from .sampled_rows import check_prompt
 from .sharding import is_sharded, whole
 from .sites import find_sites
 from .weights import (
@@ -114,9 +122,7 @@ class DipModel(BaseTuner):
                 "PeftModel.from_pretrained(model, adapter), and make a new one with get_dip_model."
             )
         super().__init__(model, peft_config, *args, **kwargs)
-        parameters = inspect.signature(model.forward).parameters.values()
-        has_nameless = any(p.kind is p.POSITIONAL_ONLY for p in parameters)
-        self._input_names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and not has_nameless]
+        self._input_names = input_names(model)
         # They stay: hooks that come and go with a context would do so within the forward pass of another thread.
         self._hooks = [
             model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
@@ -370,9 +376,7 @@ class DipModel(BaseTuner):
                 this one. Within: beam search and other searches over several continuations, assisted decoding, static
                 and quantized caches, packed batches, a prompt that is empty or longer than the context.
         """
-        if average not in AVERAGES:
-            raise ValueError(f"average must be one of {list(AVERAGES)}, got {average!r}.")
-        with self.ensemble_samples(num_samples, seed, AVERAGES[average]):
+        with self.ensemble_samples(num_samples, seed, average_of(average)):
             yield
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dipnet_hf import DipConfig
 from dipnet_hf.regularizers import METHODS, Regularizer
+from dipnet_hf.regularizers.samples import SampledRegularizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 WATCHED = {"loss", "nll", "exact_match"}  # what training.metric_for_best_model may name, after "eval_" or without
@@ -50,7 +51,8 @@ class EvaluationConfig:
     Args:
         tasks (`dict`): task of `eval/tasks` to a JSON Lines file of problems, null for the dataset's `test` split; a
             list stands for tasks with null; `[]` skips the scoring.
-        num_samples (`int`, *optional*): with `dip`, also score the mean of so many noisy passes.
+        num_samples (`int`, *optional*): also score the mean of so many noisy passes of `dip`, or without it of so many
+            samples of a `regularizer` that has them, such as `layer_dropout`.
         limit (`int`, *optional*): problems per task; all of them when null.
         batch_size (`int`): rows generated at once; with `num_samples`, a prompt has so many.
         max_new_tokens (`int`): the longest answer.
@@ -199,11 +201,15 @@ class FinetuneConfig:
             raise ValueError("weights: frozen with dip: null trains nothing; give a PEFT config or full, or set dip.")
         if self.evaluation.num_samples is not None and not self.evaluation.tasks:
             raise ValueError("evaluation.num_samples scores tasks, and evaluation.tasks has none; leave it out.")
-        if self.evaluation.num_samples is not None and self.dip is None:
-            raise ValueError("evaluation.num_samples with dip: null: a plain model has no noisy passes; leave it out.")
+        has_samples = self.dip is not None or isinstance(self.make_regularizer(), SampledRegularizer)
+        if self.evaluation.num_samples is not None and not has_samples:
+            have = ", ".join(name for name, method in METHODS.items() if issubclass(method, SampledRegularizer))
+            raise ValueError(
+                "evaluation.num_samples with dip: null: a plain model has no noisy passes; leave it out, or set a "
+                f"regularizer that has samples: {have}."
+            )
         self._check_watching()
         self.dip_config()  # for its errors
-        self.make_regularizer()
 
     def _check_watching(self) -> None:
         """Refuse what would be looked for at an evaluation and not be there."""

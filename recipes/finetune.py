@@ -14,6 +14,7 @@ when started again with the same configuration.
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
@@ -29,6 +31,7 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 from dipnet_hf import DipTrainer, get_dip_model
 from dipnet_hf.card import read_noise
 from dipnet_hf.regularizers import regularize
+from dipnet_hf.regularizers.samples import SampledRegularizer
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, make_collator, prepare_data
@@ -53,6 +56,8 @@ from recipes.tokens import Chat, tokenize
 from recipes.watching import make_callbacks, watched
 from report import format_summary, plot_losses, provenance
 from report.output_folder import occupied, write_whole
+
+_NUM_FITTED = 64  # training rows that a method measures after the training
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,13 +125,17 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
     with watched(trainer, watchers):
         train(trainer, last_whole_checkpoint(output_dir))
     trainer.data_collator = make_collator(tokenizer)  # an ensemble takes padded rows
+    model.eval()
+    sampler: Any = model if config.dip is not None else regularizer
+    if isinstance(sampler, SampledRegularizer) and config.evaluation.num_samples is not None:
+        sampler.fit(first_batches(trainer, data.train))
     evaluated = evaluate(trainer, eval_set)
     save_model(trainer, output_dir)
     scores = score_model(trainer, tokenizer, config, data.chat, evaluated, task_sets)
     ensemble_scores = None
     if config.evaluation.num_samples is not None:
         k = config.evaluation.num_samples
-        with model.ensemble(k):
+        with sampler.ensemble(k):
             evaluated_mean = evaluate(trainer, eval_set, num_samples=k)
             ensemble_scores = score_model(trainer, tokenizer, config, data.chat, evaluated_mean, task_sets, k)
     noise = None if config.dip is None else noise_table(model, output_dir)
@@ -220,6 +229,13 @@ def wrap_model(model, config: FinetuneConfig):
         return get_peft_model(model, weights)
     check_can_be_saved(model, config)
     return model
+
+
+def first_batches(trainer: Trainer, rows: Dataset) -> Iterator[dict[str, torch.Tensor]]:
+    """The first training rows in batches, the same on every process; computed as they are asked for."""
+    rows = trainer._remove_unused_columns(first_rows(rows, _NUM_FITTED))
+    for batch in DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator):
+        yield trainer._prepare_inputs(batch)
 
 
 def sum_nll(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:

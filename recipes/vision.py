@@ -37,7 +37,13 @@ from recipes.images import IMAGE_SIZE, NUM_CLASSES, SHIFTS, as_rows, cut_out, lo
 from report import provenance
 from report.output_folder import write_whole
 
-TRAINING = {"num_train_epochs": 60, "per_device_train_batch_size": 50, "learning_rate": 3e-3, "warmup_steps": 40}
+LABELS: dict[str, Any] = {"num_labels": NUM_CLASSES}
+TRAINING: dict[str, Any] = {
+    "num_train_epochs": 60,
+    "per_device_train_batch_size": 50,
+    "learning_rate": 3e-3,
+    "warmup_steps": 40,
+}
 NUM_SAMPLES = 8
 ATTACK_RADIUS, PGD_STEPS = 0.1, 10
 
@@ -69,19 +75,15 @@ class MLP(nn.Module):
 
 def make_resnet() -> nn.Module:
     """A ResNet of two stages."""
-    config = ResNetConfig(
-        num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic",
-        num_labels=NUM_CLASSES,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"num_channels": 1, "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2]}
+    config = ResNetConfig(layer_type="basic", **sizes, **LABELS)
     return ResNetForImageClassification(config)
 
 
 def make_vit() -> nn.Module:
     """A ViT of four layers on patches of 4 x 4 pixels."""
-    config = ViTConfig(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=IMAGE_SIZE,
-        patch_size=4, num_channels=1, num_labels=NUM_CLASSES,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "image_size": IMAGE_SIZE, "num_channels": 1}
+    config = ViTConfig(num_hidden_layers=4, num_attention_heads=4, patch_size=4, **sizes, **LABELS)
     return ViTForImageClassification(config)
 
 
@@ -200,7 +202,7 @@ def measure(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dic
     return {"accuracy": accuracy, "nll": functional.cross_entropy(logits, labels).item()}
 
 
-def score(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, num_samples: int = 1) -> dict[str, dict]:
+def score(model: Any, images: torch.Tensor, labels: torch.Tensor, num_samples: int = 1) -> dict[str, dict]:
     """Measure a network on the images as they are and as no one was trained on them.
 
     Args:

@@ -28,7 +28,7 @@ def model(batch):
         ({"past_key_values": StaticCache(build("llama").config, max_cache_len=32)}, "static cache is not supported"),
         (
             {"return_dict_in_generate": True, "output_hidden_states": True},
-            r"output_hidden_states is not available inside .*model.sampling",
+            r"output_hidden_states is not available in an ensemble.*model.sampling",
         ),
     ],
 )

@@ -59,14 +59,15 @@ TABLE = {
     "calibration": Row(ours="calibration_loss config projection scale", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
     "passes": Row(ours="architecture draws late_expansion layout noise projection", others="torch"),
+    "sampled_rows": Row(ours="architecture contexts late_expansion", others="torch transformers"),
     "ensemble": Row(
-        ours="architecture contexts draws late_expansion layout noise projection uncertainty",
-        others="peft torch transformers",
+        ours="architecture draws late_expansion layout noise projection sampled_rows uncertainty",
+        others="peft torch",
     ),
-    "generation": Row(ours="contexts ensemble passes", others="torch transformers"),
+    "generation": Row(ours="contexts sampled_rows", others="torch transformers"),
     "model": Row(
         ours="architecture calibration calibration_loss config contexts draws ensemble generation hidden_states "
-        "late_expansion layout noise objective passes projection sharding sites weights",
+        "late_expansion layout noise objective passes projection sampled_rows sharding sites weights",
         others="peft safetensors torch transformers",
     ),
     "registry": Row(ours="config model", others="peft"),
@@ -83,12 +84,15 @@ TABLE = {
     "generation_callback": Row(ours="architecture", others="torch transformers"),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "regularizers": Row(
-        ours="architecture batches config logvar_groups", others="peft safetensors torch transformers"
+        ours="architecture batches config contexts ensemble generation logvar_groups noise sampled_rows uncertainty",
+        others="peft safetensors torch transformers",
     ),
     "axolotl": Row(ours="config trainer", others="axolotl peft pydantic"),
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),
-    "lm_eval_model": Row(ours="answers ensemble model noise responses", others="lm_eval peft torch transformers"),
+    "lm_eval_model": Row(
+        ours="answers ensemble model noise responses sampled_rows", others="lm_eval peft torch transformers"
+    ),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
     "__init__": Row(
         ours="config ensemble loss model objective registry", lazy="generation_callback sft_trainer trainer"

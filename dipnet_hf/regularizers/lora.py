@@ -3,13 +3,31 @@
 Shape legend: I inputs, O outputs, R rank.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .regularizer import precise
+
+
+class LoraSite(NamedTuple):
+    """A linear layer with one LoRA adapter: it adds `scaling * B(A(x))`."""
+
+    name: str  # of the layer in the network
+    layer: Any
+    adapter: str
+
+    @property
+    def a_RI(self) -> nn.Parameter:
+        """A."""
+        return self.layer.lora_A[self.adapter].weight
+
+    @property
+    def b_OR(self) -> nn.Parameter:
+        """B."""
+        return self.layer.lora_B[self.adapter].weight
 
 
 def lora_layers(model: nn.Module, method: str) -> dict[str, Any]:
@@ -27,6 +45,12 @@ def lora_layers(model: nn.Module, method: str) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and any(parameter.requires_grad for parameter in _matrices(module))
     }
+    check_plain(layers, method)
+    return layers
+
+
+def check_plain(layers: dict[str, Any], method: str) -> None:
+    """Refuse layers that add something other than the product of two matrices to the weight of a linear layer."""
     for name, layer in layers.items():
         if not all(_is_plain(layer, adapter) for adapter in adapters_of(layer)):
             kind = type(layer.get_base_layer()).__name__
@@ -34,7 +58,23 @@ def lora_layers(model: nn.Module, method: str) -> dict[str, Any]:
                 f"{method} knows plain LoRA of linear layers, and that of {name} ({kind}) is of another kind: leave "
                 "the layer out of target_modules, and switch variants such as use_dora off."
             )
-    return layers
+
+
+def lora_sites(model: nn.Module, method: str) -> list[LoraSite]:
+    """The active adapters of linear layers, whether they learn or not, in the order of the modules.
+
+    Raises:
+        ValueError: there are none; or one is of another kind, in which other code than A's and B's forward runs.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    check_plain(layers, method)
+    sites = [LoraSite(name, layer, adapter) for name, layer in layers.items() for adapter in adapters_of(layer)]
+    if not sites:
+        raise ValueError(
+            f"{method} acts on the matrices of LoRA, and {type(model).__name__} has none: make it with "
+            "peft.get_peft_model(model, LoraConfig(...)), or in the recipe set weights: {peft_type: LORA}."
+        )
+    return sites
 
 
 def _matrices(layer: LoraLayer) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dipnet_hf.regularizers import METHODS
+from dipnet_hf.regularizers.samples import SampledRegularizer
 from recipes import finetune
 from recipes.config import load_config
 from tests.helpers import losses, read_results
@@ -61,6 +62,21 @@ def test_every_method_runs_through_the_recipe(configure, shared, tmp_path, name,
     assert len(losses(tmp_path / "run")) == 2
     assert 0 < results["metrics"]["eval_nll"] < 20
     assert (tmp_path / "run" / "regularizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, SampledRegularizer)])
+def test_a_method_with_samples_is_scored_as_their_mean(configure, tmp_path, name):
+    evaluation = {"tasks": ["gsm8k_local"], "num_samples": 2, "max_new_tokens": 2}
+    finetune.main([configure(weights=WEIGHTS["lora"], regularizer={"name": name}, evaluation=evaluation)])
+    results = read_results(tmp_path / "run")
+    plain, mean = (results[name]["gsm8k_local"]["eval_nll"] for name in ("scores", "ensemble_scores"))
+    assert plain != mean == pytest.approx(plain, rel=0.1)
+
+
+def test_samples_of_a_method_without_any_are_refused(configure):
+    evaluation = {"tasks": ["gsm8k_local"], "num_samples": 2}
+    with pytest.raises(ValueError, match="a plain model has no noisy passes; .* blob, layer_dropout, tfb"):
+        load_config(configure(regularizer={"name": "sam"}, evaluation=evaluation))
 
 
 def test_a_method_runs_beside_dip(configure, tmp_path):
