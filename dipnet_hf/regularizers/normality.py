@@ -37,8 +37,8 @@ class NormalityNormalization(Regularizer):
     norm's output stay, one in float32.
 
     Args:
-        noise_std (`float`): xi of the paper, whose code has 1 for LayerNorm, for networks that are trained with it
-            from the start.
+        noise_std (`float`): xi of the paper, whose code has 1 for LayerNorm, in networks that are trained with it from
+            the start; a pretrained one does not survive that.
         start_at_identity (`bool`): the gate is one learned number per norm, first 0: a pretrained network begins as
             it was. False is the paper's layer, with a gate of 1, which changes a pretrained network at once.
 

@@ -13,7 +13,7 @@ from tests.tiny_models import build, make_batch
 
 def config(**settings):
     monteclora = {"num_samples": 2, "buffer_size": 1, "kl_loss_weight": 0.1} | settings
-    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, monteclora_config=monteclora)
+    return LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, monteclora_config=monteclora)
 
 
 def drawn(**settings):

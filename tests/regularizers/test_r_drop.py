@@ -12,7 +12,7 @@ from transformers import Trainer
 from dipnet_hf import DipTrainer
 from dipnet_hf.regularizers import RDrop, r_drop, regularize
 from dipnet_hf.regularizers.r_drop import symmetric_kl
-from tests.helpers import dip_model, losses, make_rows, make_trainer, predictions
+from tests.helpers import checkpointed, dip_model, losses, make_rows, make_trainer, predictions
 from tests.tiny_models import build, build_task, make_batch, make_task_batch
 
 
@@ -64,6 +64,21 @@ def test_the_loss_is_that_of_two_passes_by_hand(kind):
     divergence = ((first.exp() - second.exp()) * (first - second)).sum(-1).mean()
     assert divergence > 1e-5
     assert found == pytest.approx((nll + 3 / 4 * divergence).item())
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}], ids=str)
+def test_checkpointing_repeats_the_dropout_of_each_pass(options):
+    found = []
+    for is_checkpointed in (False, True):
+        model, regularizer = build("llama"), RDrop(alpha=10.0, layer_dropout=0.3)
+        regularizer.attach(model)
+        if is_checkpointed:
+            checkpointed(model, options)
+        torch.manual_seed(0)
+        regularizer.backward(model.train(), make_batch("llama"))
+        found.append([parameter.grad for parameter in model.parameters()])
+    for gradient, other in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 def test_equal_passes_leave_the_plain_loss():
