@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,6 @@ class WeightCompander(Regularizer):
                 "its own that learns."
             )
         self._layers = {name: (module, Compander(module.weight, self)) for name, module in modules.items()}
-        self._compand()
-
-    def _compand(self) -> None:
         for module, compander in self._layers.values():
             parametrize.register_parametrization(module, "weight", compander)
 
@@ -81,23 +78,14 @@ class WeightCompander(Regularizer):
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """See `Regularizer`: the weights are plain ones; afterwards those that learn come back to the bit."""
-        layers, learning = self._layers, {name: values.clone() for name, values in self._originals().items()}
-        self.detach()
-        try:
+        """See `Regularizer`: the weights are plain ones, which stand in for those that learn."""
+        with ExitStack() as stack:
+            for module, _ in self._layers.values():
+                stack.enter_context(_plain(module))
             yield
-        finally:
-            self._layers = layers
-            self._compand()
-            self._copy_originals(learning)
 
     def _originals(self) -> dict[str, torch.Tensor]:
         return {name: module.parametrizations.weight.original for name, (module, _) in self._layers.items()}
-
-    @torch.no_grad()
-    def _copy_originals(self, values: dict[str, torch.Tensor]) -> None:
-        for name, original in self._originals().items():
-            original.copy_(values[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """See `Regularizer`."""
@@ -109,7 +97,28 @@ class WeightCompander(Regularizer):
         """See `Regularizer`; after training there is nothing to take up, as the weights are plain."""
         for name, (_, compander) in self._layers.items():
             compander.load_state_dict({key: state[f"{name}.{key}"] for key in compander.state_dict()})
-        self._copy_originals({name: state[f"{name}.v"] for name in self._layers})
+        with torch.no_grad():
+            for name, original in self._originals().items():
+                original.copy_(state[f"{name}.v"])
+
+
+@contextmanager
+def _plain(module: Any) -> Iterator[None]:
+    """Context in which a companded module is what it was before, with the weights of now.
+
+    Removing the parametrization would give the parameter that learns another storage, after which training under
+    DistributedDataParallel goes wrong.
+    """
+    companded, weight = type(module), nn.Parameter(module.weight.detach())
+    parametrizations = module._modules.pop("parametrizations")
+    module.__class__ = companded.__bases__[0]
+    module.register_parameter("weight", weight)
+    try:
+        yield
+    finally:
+        del module.weight
+        module.__class__ = companded
+        module.register_module("parametrizations", parametrizations)
 
 
 class Compander(nn.Module):
