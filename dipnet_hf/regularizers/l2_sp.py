@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .low_rank import factors, lora_layers
+from .lora import factors, lora_layers
 from .regularizer import Batch, Regularizer, precise, weights
 
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .low_rank import factors, lora_layers
+from .lora import factors, lora_layers
 from .regularizer import precise, weights
 
 _NUM_STEPS_AT_START = 20

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .low_rank import adapters_of, lora_layers
+from .lora import adapters_of, lora_layers
 from .regularizer import Regularizer
 
 
