@@ -42,7 +42,7 @@ class DipConfig(PeftConfig):
         init_loss_increase (`float`): how much `"auto"` noise raises the loss of calibration's batches, in nats per
             supervised token, were the model's own predictions right: how far noise takes them from where they were.
         logvar_learning_rate (`float`): the learning rate of the log-variances in the trainers' own optimizer, which
-            never decays them.
+            never decays them; 0 keeps them as they are.
         num_samples (`int`): S of eq. (2), noise samples per row in a training step.
         sampling (`str`, *optional*): the samples come in `"pairs"` of +eps and -eps, the default where S is even, or
             are `"independent"`.

@@ -158,6 +158,7 @@ class DipTrainerMixin(_Base):
     def create_optimizer(self, *args, **kwargs):
         """As the base trainer's, with the log-variances in a group of their own, without weight decay.
 
+        With `logvar_learning_rate=0` they do not learn, and no gradient of theirs counts when gradients are clipped.
         What the channels of a site have in common counts more in a step than in the gradient, see `share_level`. An
         optimizer that was given is left as it is, and a warning says so where the log-variances would not learn, or
         would decay.
@@ -169,6 +170,11 @@ class DipTrainerMixin(_Base):
         if self.optimizer is not None:
             warn_of_given_groups(self.optimizer.param_groups, logvars)
             return super().create_optimizer(*args, **kwargs)
+        learning_rate = self._tuner().active_dip_config.logvar_learning_rate
+        if learning_rate == 0:
+            for logvar in logvars:
+                logvar.requires_grad_(False)
+            logvars = []
         try:
             super().create_optimizer(*args, **kwargs)
         except ValueError as error:
@@ -177,7 +183,7 @@ class DipTrainerMixin(_Base):
                 "optimizer of matrices, such as Muon, does not take. Use one that does, such as AdamW."
             ) from error
         optimizer: Any = self.optimizer  # what an override returns may be nothing
-        give_own_groups(optimizer, logvars, self._tuner().active_dip_config.logvar_learning_rate)
+        give_own_groups(optimizer, logvars, learning_rate)
         if self.is_deepspeed_enabled:  # its ZeRO takes the gradients away before the optimizer's step
             for logvar in logvars:
                 logvar.register_hook(lambda gradient: gradient + shared_level(gradient))

@@ -573,3 +573,26 @@ def test_the_level_is_shared_by_the_gradients_where_zero_takes_them_away(rows, t
         (logvar * weights).sum().backward()
     optimizer.step()
     torch.testing.assert_close(logvar.grad, 2 * (weights + weights.mean() * len(logvar) ** 0.5))
+
+
+def test_variances_with_a_learning_rate_of_zero_take_no_part(rows, tmp_path):
+    """They stay to the bit, and the norm that is logged and clipped is that of the weights alone."""
+    model = dip_model(logvar_learning_rate=0.0, prior_weight=0.0)
+    trainer = make_trainer(model, rows, tmp_path, max_grad_norm=1e9, max_steps=1)
+    norms = []
+    trainer.add_callback(WeightNorm(norms))
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norms[0], rel=1e-6)
+    for projection in projections(model).values():
+        assert torch.equal(projection.dip_logvar["default"], projection.dip_init_std["default"].log() * 2)
+
+
+class WeightNorm(TrainerCallback):
+    """Notes the norm of the gradients of all but the log-variances."""
+
+    def __init__(self, norms):
+        self.norms = norms
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        gradients = [p.grad for name, p in model.named_parameters() if "dip_logvar" not in name and p.grad is not None]
+        self.norms.append(torch.nn.utils.get_total_norm(gradients).item())

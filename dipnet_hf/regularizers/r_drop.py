@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..architecture import decoder_layers, has_class_loss, shifts_labels
+from ..architecture import has_class_loss, shifts_labels
 from ..batches import supervised, targets_of
+from .layer_dropout import LayerDropout
 from .regularizer import Batch, Regularizer
 
 _CHUNK_LOGITS = 2**24  # logits of one chunk: 64 MiB in float32
@@ -69,13 +69,14 @@ class RDrop(Regularizer):
         super().attach(model, optimizer)
         network: Any = model
         self._network = network.get_base_model() if hasattr(network, "get_base_model") else network
-        layers = [layer for _, layer in decoder_layers(self._network)] if self.layer_dropout else []
-        self._hooks = [layer.register_forward_pre_hook(self._drop, with_kwargs=True) for layer in layers]
+        self._dropout = LayerDropout(self.layer_dropout) if self.layer_dropout else None
+        if self._dropout is not None:
+            self._dropout.attach(model)
 
     def detach(self) -> None:
         """See `Regularizer`."""
-        for hook in self._hooks:
-            hook.remove()
+        if self._dropout is not None:
+            self._dropout.detach()
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """See `Regularizer`."""
@@ -92,12 +93,6 @@ class RDrop(Regularizer):
                 f"label for each vector of its logits, which have the shape {tuple(logits.shape)}."
             )
         return supervised(logits, labels.to(logits.device), shift)[0]
-
-    def _drop(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (F.dropout(args[0], self.layer_dropout, layer.training), *args[1:]), kwargs
-        dropped = F.dropout(kwargs["hidden_states"], self.layer_dropout, layer.training)
-        return args, kwargs | {"hidden_states": dropped}
 
 
 def symmetric_kl(logits_NV: torch.Tensor, others_NV: torch.Tensor) -> torch.Tensor:
