@@ -12,7 +12,7 @@ from torch import nn
 from .architecture import ModelProbe, output_head, plain_head, probe
 from .chunked_loss import OutputHead
 from .contexts import PerThread
-from .sharding import is_sharded, whole
+from .sharding import is_in_zero, is_sharded, whole
 
 
 @dataclass
@@ -57,7 +57,8 @@ class HiddenStateCapture:
             self._captured.states = args[0].to(module.weight.device), output_head(self._model, module), module
             return (args[0][:, :0], *args[1:])
 
-        hook = head.register_forward_pre_hook(capture)
+        # Before ZeRO-3's own, which would await a gradient of the head's output, which is of no token.
+        hook = head.register_forward_pre_hook(capture, prepend=is_in_zero(head.weight))
         self._captured.wanted = True
         try:
             yield
@@ -71,7 +72,7 @@ class HiddenStateCapture:
         if captured is None:
             return None
         states, head, module = captured
-        # FSDP2 may have let go of the weight that the forward pass has used.
+        # What shards the model may have let go of the weight that the forward pass has used.
         bias_V = None if module.bias is None else whole(module.bias)
         return states, head._replace(weight_VD=whole(module.weight), bias_V=bias_V)
 

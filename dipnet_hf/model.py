@@ -430,7 +430,7 @@ class DipModel(BaseTuner):
                 single tensors. A few: all are used and kept meanwhile. Each process may bring its own, but each must
                 call this.
             wrapped (`nn.Module`, *optional*): the module that `fully_shard` was called on last, if FSDP2 has sharded
-                the model; it runs through that alone.
+                the model, or that DeepSpeed's engine was made of, under ZeRO-3; it runs through that alone.
 
         Raises:
             ValueError: noise is disabled or in an ensemble; the model is sharded and `wrapped` was not given; there is
@@ -492,8 +492,9 @@ class DipModel(BaseTuner):
     def _calibration_loss(self, batches: list, wrapped: nn.Module | None) -> CalibrationLoss:
         if wrapped is None and is_sharded(self.model):
             raise ValueError(
-                "FSDP2 has sharded this model, which runs only through the module that fully_shard was called on "
-                "last: give that as wrapped=..., or calibrate before the model is sharded."
+                "FSDP2 or ZeRO-3 has sharded this model, which runs only through the module that fully_shard was "
+                "called on last, or that DeepSpeed's engine was made of: give that as wrapped=..., or calibrate "
+                "before the model is sharded. DipTrainer does it by itself."
             )
 
         def noise(on: bool) -> contextlib.AbstractContextManager[None]:
@@ -529,7 +530,7 @@ class DipModel(BaseTuner):
         """
         rows = []
         for projection in self._active_projections():
-            std = torch.exp(whole(projection.logvar.detach()) / 2)
+            std = torch.exp(whole(projection.logvar).detach() / 2)
             row = {"name": projection.site.name, "scale": float(whole(projection.scale).median())}
             rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
         return rows
