@@ -128,9 +128,9 @@ class DipTrainerMixin(_Base):
         if self.is_fsdp_enabled:
             self._load_calibration(resume_from_checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
         """As the base trainer's; ZeRO-3's part of a checkpoint, just loaded, lacks the noise's scale too."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint, *args, **kwargs)
         if self._is_in_zero3 and checkpoint is not None:
             self._load_calibration(checkpoint)
 
@@ -142,10 +142,11 @@ class DipTrainerMixin(_Base):
     def _save(self, output_dir=None, state_dict=None):
         """As the base trainer's; from ZeRO-3 that has gathered what learns alone, which the noise's scale does not."""
         if self._is_in_zero3:
+            model: Any = self.model
             fixed = {
-                name: whole(p).detach().cpu()
-                for name, p in self.model.named_parameters()
-                if "dip_projection" in name and not p.requires_grad
+                name: whole(parameter).detach().cpu()
+                for name, parameter in model.named_parameters()
+                if "dip_projection" in name and not parameter.requires_grad
             }
             if state_dict is not None:  # on the main process
                 state_dict |= fixed

@@ -76,7 +76,7 @@ TABLE = {
     "logvar_groups": Row(ours="sharding", others="torch"),
     "replay": Row(others="torch"),
     "trainer": Row(
-        ours="architecture batches config logvar_groups loss model objective progress replay trl_trainers",
+        ours="architecture batches config logvar_groups loss model objective progress replay sharding trl_trainers",
         others="accelerate peft torch transformers",
     ),
     "progress": Row(others="transformers"),
