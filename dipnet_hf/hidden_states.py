@@ -12,7 +12,7 @@ from torch import nn
 from .architecture import ModelProbe, output_head, plain_head, probe
 from .chunked_loss import OutputHead
 from .contexts import PerThread
-from .sharding import is_in_zero, is_sharded, whole
+from .sharding import is_sharded, whole
 
 
 @dataclass
@@ -57,8 +57,7 @@ class HiddenStateCapture:
             self._captured.states = args[0].to(module.weight.device), output_head(self._model, module), module
             return (args[0][:, :0], *args[1:])
 
-        # Before ZeRO-3's own, which would await a gradient of the head's output, which is of no token.
-        hook = head.register_forward_pre_hook(capture, prepend=is_in_zero(head.weight))
+        hook = head.register_forward_pre_hook(capture)
         self._captured.wanted = True
         try:
             yield
