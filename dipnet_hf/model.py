@@ -31,7 +31,7 @@ from .layout import TokenDims
 from .noise import KeySource
 from .passes import FreshPass, Pass
 from .projection import DipProjection
-from .sharding import is_sharded, whole
+from .sharding import gather_below, is_in_zero, is_sharded, whole
 from .sites import find_sites
 from .weights import (
     check_fits,
@@ -276,6 +276,9 @@ class DipModel(BaseTuner):
                     "is repeated, so its noise cannot be. Use use_reentrant=False, or checkpoint the layers."
                 )
             return None
+        if not torch.compiler.is_compiling() and any(is_in_zero(logvar) for logvar in self.logvars()[:1]):
+            for projection in self._projections:
+                gather_below(projection)
         projections = [projection for projection in self._projections if projection.sampling]
         if len(args) <= len(self._input_names):  # else some have no name
             args, kwargs = (), dict(zip(self._input_names, args, strict=False)) | kwargs

@@ -51,9 +51,6 @@ class DipProjection(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("dip_logvar",)
     other_param_names = ("dip_scale", "dip_init_std")
-    # What DeepSpeed's `set_z3_leaf_modules` sets: ZeRO-3 gathers all parameters below when this module runs. Those of
-    # a ParameterDict, which never runs, it would find in the first pass with noise, and fail in the next one.
-    _z3_leaf = True
 
     def __init__(
         self,

@@ -62,6 +62,19 @@ def is_in_zero(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_status")
 
 
+def gather_below(module: nn.Module) -> None:
+    """Have ZeRO-3 gather all parameters below a module when it runs, from its next run on.
+
+    Those of a `ParameterDict`, which never runs, ZeRO-3 would notice in the first pass that uses them, and fail in the
+    next one if passes without them came before.
+    """
+    for parameter in module.parameters():
+        if is_in_zero(parameter):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 has sharded the model or parts of it, so that it runs only through the outermost."""
     is_inside = any(isinstance(module, FSDPModule) for module in model.modules())
