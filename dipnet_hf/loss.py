@@ -42,7 +42,7 @@ class NoisyModel(Protocol):
 
 
 def unwrap(model: Any) -> NoisyModel:
-    """The model from `get_dip_model` in a wrapper of DDP, DeepSpeed or `torch.compile`; it forwards what its tuner has.
+    """The model from `get_dip_model` in a wrapper of DDP, DeepSpeed or `torch.compile`; it forwards all its tuner has.
 
     Raises:
         ValueError: FSDP1 has wrapped it.
