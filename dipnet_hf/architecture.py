@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .chunked_loss import OutputHead
+from .sharding import whole_shape
 
 NAME_MODULES = (
     "Name the modules whose inputs should be projected with target_modules=[...] or a regex, as in PEFT; "
@@ -69,6 +70,8 @@ _CROSS_ATTENTION = "encoder_attn"
 _LOGIT_FACTORS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 # transformers' losses whose labels can be the classes of the model's outputs, one per output.
 _CLASS_LOSSES = (ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss, ForTokenClassification)
+# Whose hooks on a head leave its output as it is.
+_SHARDERS = ("torch.distributed.fsdp", "deepspeed.")
 _NUM_PROBED = 8  # tokens; more than one, as a padding token's embedding may be zero
 
 
@@ -306,8 +309,9 @@ def input_channels(module: nn.Module) -> tuple[int, int] | None:
         return leaf.nx, -1
     if hasattr(leaf, "in_features"):
         return leaf.in_features, -1
-    if isinstance(getattr(leaf, "weight", None), nn.Parameter) and leaf.weight.dim() == 1:  # LayerNorm, RMSNorm
-        return leaf.weight.shape[0], -1
+    weight = getattr(leaf, "weight", None)
+    if isinstance(weight, nn.Parameter) and len(whole_shape(weight)) == 1:  # LayerNorm, RMSNorm
+        return whole_shape(weight)[0], -1
     return None
 
 
@@ -380,9 +384,9 @@ def plain_head(model: Any) -> nn.Linear | None:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or not has_data(head.weight):
         return None
-    if not all(hook.__module__.startswith("torch.distributed.fsdp") for hook in head._forward_hooks.values()):
+    if not all(hook.__module__.startswith(_SHARDERS) for hook in head._forward_hooks.values()):
         return None
-    return head if head.weight.shape == (head.out_features, head.in_features) else None
+    return head if whole_shape(head.weight) == (head.out_features, head.in_features) else None
 
 
 def output_head(model: Any, head: nn.Linear) -> OutputHead:
@@ -419,7 +423,7 @@ def probe(model: Any, head: nn.Linear | None, run: Callable[..., Any]) -> ModelP
         run (`Callable`): calls the network; where that is sharded, with all processes at once.
     """
     embedding: Any = getattr(input_embedding(model), "weight", None)
-    if not isinstance(embedding, torch.Tensor) or embedding.dim() != 2 or not has_data(embedding):
+    if not isinstance(embedding, torch.Tensor) or len(whole_shape(embedding)) != 2 or not has_data(embedding):
         return ModelProbe()
     ours: list[torch.Tensor] = []
 
@@ -427,7 +431,7 @@ def probe(model: Any, head: nn.Linear | None, run: Callable[..., Any]) -> ModelP
         ours.append(output_head(model, module).logits(args[0].to(module.weight.device)))
 
     hook = None if head is None else head.register_forward_pre_hook(compute_logits)
-    ids = torch.arange(min(len(embedding), _NUM_PROBED), device=embedding.device)
+    ids = torch.arange(min(whole_shape(embedding)[0], _NUM_PROBED), device=embedding.device)
     labels = ids.square() % len(ids)  # neither the next token nor the same one
     try:
         with (
@@ -463,8 +467,8 @@ def _are_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
 
 
 def has_data(weight: torch.Tensor) -> bool:
-    """Whether a weight is in this process, all or its shard of FSDP2: not on the meta device, not taken by ZeRO-3."""
-    return not weight.is_meta and weight.numel() > 0
+    """Whether a weight is in this process, all or its shard: not on the meta device, and not empty."""
+    return not weight.is_meta and whole_shape(weight).numel() > 0
 
 
 def shifts_labels(model: Any) -> bool:

@@ -14,6 +14,7 @@ from .calibration_loss import CalibrationLoss
 from .config import DipConfig
 from .projection import DipProjection
 from .scale import ScaleMeter
+from .sharding import whole
 
 _logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _noisy_loss(projections: list[DipProjection], batches: list, batch_loss: Cal
     for _ in range(2):
         losses.append(batch_loss.mean(batches, noise=True))
         for projection in projections:
-            projection.set_noise(scale=-projection.scale)
+            projection.set_noise(scale=-whole(projection.scale))
     return sum(map(_known, losses)) / 2
 
 

@@ -71,7 +71,7 @@ class HiddenStateCapture:
         if captured is None:
             return None
         states, head, module = captured
-        # FSDP2 may have let go of the weight that the forward pass has used.
+        # What shards the model may have let go of the weight that the forward pass has used.
         bias_V = None if module.bias is None else whole(module.bias)
         return states, head._replace(weight_VD=whole(module.weight), bias_V=bias_V)
 

@@ -42,7 +42,7 @@ class NoisyModel(Protocol):
 
 
 def unwrap(model: Any) -> NoisyModel:
-    """The model from `get_dip_model` within a wrapper of DDP or `torch.compile`; it forwards what its tuner has.
+    """The model from `get_dip_model` in a wrapper of DDP, DeepSpeed or `torch.compile`; it forwards all its tuner has.
 
     Raises:
         ValueError: FSDP1 has wrapped it.
@@ -133,7 +133,8 @@ def dip_loss(
     """Compute the objective of a model's active DIP adapter on one batch, in one forward of S times its rows.
 
     Args:
-        model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP or `torch.compile`, or sharded by FSDP2.
+        model (`torch.nn.Module`): from `get_dip_model`, also wrapped by DDP, `torch.compile` or DeepSpeed's engine, or
+            sharded by FSDP2.
         batch (`dict`): model inputs with `labels` as the model takes them: of shape `(B, L)`, -100 where unsupervised,
             `(B,)` for classes, or others of the model's own loss.
         num_items_in_batch (`int` or scalar tensor, *optional*): supervised labels in the whole optimizer step. Give it

@@ -39,7 +39,7 @@ from .noise import KeySource
 from .passes import FreshPass, Pass
 from .projection import DipProjection
 from .sampled_rows import check_prompt
-from .sharding import is_sharded, whole
+from .sharding import gather_below, is_in_zero, is_sharded, whole
 from .sites import find_sites
 from .weights import (
     check_fits,
@@ -282,6 +282,9 @@ class DipModel(BaseTuner):
                     "is repeated, so its noise cannot be. Use use_reentrant=False, or checkpoint the layers."
                 )
             return None
+        if not torch.compiler.is_compiling() and any(is_in_zero(logvar) for logvar in self.logvars()[:1]):
+            for projection in self._projections:
+                gather_below(projection)
         projections = [projection for projection in self._projections if projection.sampling]
         if len(args) <= len(self._input_names):  # else some have no name
             args, kwargs = (), dict(zip(self._input_names, args, strict=False)) | kwargs
@@ -434,7 +437,7 @@ class DipModel(BaseTuner):
                 single tensors. A few: all are used and kept meanwhile. Each process may bring its own, but each must
                 call this.
             wrapped (`nn.Module`, *optional*): the module that `fully_shard` was called on last, if FSDP2 has sharded
-                the model; it runs through that alone.
+                the model, or that DeepSpeed's engine was made of, under ZeRO-3; it runs through that alone.
 
         Raises:
             ValueError: noise is disabled or in an ensemble; the model is sharded and `wrapped` was not given; there is
@@ -496,8 +499,9 @@ class DipModel(BaseTuner):
     def _calibration_loss(self, batches: list, wrapped: nn.Module | None) -> CalibrationLoss:
         if wrapped is None and is_sharded(self.model):
             raise ValueError(
-                "FSDP2 has sharded this model, which runs only through the module that fully_shard was called on "
-                "last: give that as wrapped=..., or calibrate before the model is sharded."
+                "FSDP2 or ZeRO-3 has sharded this model, which runs only through the module that fully_shard was "
+                "called on last, or that DeepSpeed's engine was made of: give that as wrapped=..., or calibrate "
+                "before the model is sharded. DipTrainer does it by itself."
             )
 
         def noise(on: bool) -> contextlib.AbstractContextManager[None]:
@@ -533,7 +537,7 @@ class DipModel(BaseTuner):
         """
         rows = []
         for projection in self._active_projections():
-            std = torch.exp(whole(projection.logvar.detach()) / 2)
+            std = torch.exp(whole(projection.logvar).detach() / 2)
             row = {"name": projection.site.name, "scale": float(whole(projection.scale).median())}
             rows.append(row | {"mean": float(std.mean()), "min": float(std.min()), "max": float(std.max())})
         return rows

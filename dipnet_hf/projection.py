@@ -250,8 +250,8 @@ class DipProjection(nn.Module, BaseTunerLayer):
             if scale is not None:
                 fill(self.dip_scale[adapter], scale)
             if std is not None:
-                self.dip_init_std[adapter].fill_(std)
-                self.dip_logvar[adapter].fill_(2 * math.log(std))
+                fill(self.dip_init_std[adapter], torch.tensor(std, dtype=torch.float32))
+                fill(self.dip_logvar[adapter], torch.tensor(2 * math.log(std), dtype=torch.float32))
         self.note_calibration()
 
     def restore_calibration(self, scale: torch.Tensor, init_std: torch.Tensor) -> None:
@@ -263,13 +263,13 @@ class DipProjection(nn.Module, BaseTunerLayer):
 
     def noise_state(self) -> list[torch.Tensor]:
         """A copy of the active adapter's noise, for `restore_noise`."""
-        return [tensor.detach().clone() for tensor in self._noise()]
+        return [whole(tensor).detach().clone() for tensor in self._noise()]
 
     def restore_noise(self, state: list[torch.Tensor]) -> None:
         """Set the active adapter's noise to what it was."""
         with torch.no_grad():
             for tensor, value in zip(self._noise(), state, strict=True):
-                tensor.copy_(value)
+                fill(tensor, value)
         self.note_calibration()
 
     def _noise(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

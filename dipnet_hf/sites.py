@@ -24,6 +24,7 @@ from .architecture import (
 )
 from .config import DipConfig
 from .projection import Site
+from .sharding import whole_shape
 
 
 def find_sites(model: nn.Module, config: DipConfig) -> list[Site]:
@@ -69,7 +70,7 @@ def _site(model: nn.Module, name: str) -> Site:
     """The site at a module. A `Sequential` would run a projection that it holds, so its first module holds it."""
     module: Any = model.get_submodule(name)
     if any(module is embedding for embedding in input_embeddings(model)):
-        return Site(name, module.weight.shape[1], at_output=True)
+        return Site(name, whole_shape(module.weight)[1], at_output=True)
     while type(module).forward is nn.Sequential.forward and len(module):
         first, module = next(iter(module.named_children()))
         name = f"{name}.{first}"

@@ -25,6 +25,7 @@ from .model import DipModel
 from .objective import stability_outputs, stability_penalty
 from .progress import NoiseProgress
 from .replay import Replayed, may_be_read_once
+from .sharding import whole
 from .trl_trainers import TRL_TRAINERS, check_ensemble, check_trl_trainer, find_trl_trainer, model_inputs
 
 if TYPE_CHECKING:  # a Trainer to the type checker, a mixin to Python
@@ -49,7 +50,7 @@ class DipTrainerMixin(_Base):
     Raises:
         TypeError: the model has no DIP adapter.
         ValueError: a trainer of TRL that does not work with noise, or not with this config; no adapter is active; or
-            the model is split among processes in a way that is not supported (FSDP2, DDP and ZeRO-1 and 2 are).
+            the model is split among processes in a way that is not supported (DDP, FSDP2 and ZeRO are).
     """
 
     _is_set_up = False
@@ -105,7 +106,7 @@ class DipTrainerMixin(_Base):
         A model that is going to be sharded is calibrated when it is: before that a process may have no weights, or
         no room for all.
         """
-        if self.is_fsdp_enabled:
+        if self._is_going_to_be_sharded:
             with self._first_batches() as batches:
                 self._sharded_calibration.batches = list(batches)
         elif self.model_init is None and self._tuner().needs_calibration:
@@ -117,16 +118,47 @@ class DipTrainerMixin(_Base):
         model = super().call_model_init(*args, **kwargs)
         if self._is_set_up:
             self.model = model.to(self.args.device) if self.place_model_on_device else model
-            if self._tuner().needs_calibration and not self.is_fsdp_enabled:
+            if self._tuner().needs_calibration and not self._is_going_to_be_sharded:
                 self._calibrate()
         return model
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         """As the base trainer's; FSDP2's part of a checkpoint lacks what does not learn, such as the noise's scale."""
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        adapter = os.path.join(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME)
-        if self.is_fsdp_enabled and os.path.isfile(adapter):
+        if self.is_fsdp_enabled:
+            self._load_calibration(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
+        """As the base trainer's; ZeRO-3's part of a checkpoint, just loaded, lacks the noise's scale too."""
+        super()._load_optimizer_and_scheduler(checkpoint, *args, **kwargs)
+        if self._is_in_zero3 and checkpoint is not None:
+            self._load_calibration(checkpoint)
+
+    def _load_calibration(self, checkpoint: str) -> None:
+        adapter = os.path.join(checkpoint, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(adapter):
             self._tuner().load_calibration(adapter)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As the base trainer's; from ZeRO-3 that has gathered what learns alone, which the noise's scale does not."""
+        if self._is_in_zero3:
+            model: Any = self.model
+            fixed = {
+                name: whole(parameter).detach().cpu()
+                for name, parameter in model.named_parameters()
+                if "dip_projection" in name and not parameter.requires_grad
+            }
+            if state_dict is not None:  # on the main process
+                state_dict |= fixed
+        super()._save(output_dir, state_dict)
+
+    @property
+    def _is_in_zero3(self) -> bool:
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    @property
+    def _is_going_to_be_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self._is_in_zero3
 
     def _calibrate(self) -> None:
         with self.accelerator.autocast(), self._first_batches() as batches:
@@ -319,7 +351,7 @@ class DipTrainerMixin(_Base):
 
 
 class ShardedCalibration(TrainerCallback):
-    """Calibrates a model that FSDP2 has sharded, on the batches that it was given before."""
+    """Calibrates a model that FSDP2 or ZeRO-3 has sharded, on the batches that it was given before."""
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
@@ -353,11 +385,6 @@ def check_strategy(accelerator: Any) -> None:
         raise ValueError(
             "FSDP1 is not supported: it flattens the log-variances into pieces, of which the prior cannot be "
             "computed. Set fsdp_version: 2 in accelerate's configuration, or fsdp_config={'version': 2}."
-        )
-    if getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 0) == 3:
-        raise ValueError(
-            "DeepSpeed's ZeRO-3 is not supported: outside of the layers' forward pass it leaves no log-variances to "
-            "compute the prior of. Use FSDP2, which shards as much, or ZeRO-1 or 2."
         )
     if state.distributed_type == DistributedType.MEGATRON_LM:
         raise ValueError("Megatron-LM is not supported: it runs layers of its own, without noise. Use FSDP2.")

@@ -32,6 +32,7 @@ from dipnet_hf import DipTrainer, get_dip_model
 from dipnet_hf.card import read_noise
 from dipnet_hf.regularizers import regularize
 from dipnet_hf.regularizers.samples import SampledRegularizer
+from dipnet_hf.sharding import whole_shape
 from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, make_collator, prepare_data
@@ -304,9 +305,10 @@ def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:
     if config.dip is not None:
         for row in model.noise_summary():
             print(f"site {row['name']}, relative std {model.active_dip_config.init_noise_std}")
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
+    num_trainable, num_parameters = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    print(f"{num_trainable:,} trainable of {model.num_parameters():,} parameters, {num_steps:,} steps")
+    print(f"{num_trainable:,} trainable of {num_parameters:,} parameters, {num_steps:,} steps")
     print(", ".join(f"{name} {value:,}" for name, value in counts.items()))
 
 

@@ -76,8 +76,6 @@ def print_plan(config: FinetuneConfig, memory: float | None) -> None:
     if memory is None:
         check_devices()
     launch = read_launch(os.environ)
-    if config.dip is not None and launch.strategy == "ZeRO-3":
-        raise ValueError("DipTrainer refuses ZeRO-3: plan and run with recipes/accelerate/fsdp2.yaml, or dip=null.")
     if int(os.environ.get("RANK", 0)):
         return
     training = training_arguments(config, launch)

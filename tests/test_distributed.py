@@ -363,14 +363,12 @@ def test_a_model_that_transformers_has_split_is_refused(monkeypatch):
 
 STRATEGIES = {
     "FSDP1 is not supported.*Set fsdp_version: 2": {"fsdp_plugin": types.SimpleNamespace(fsdp_version=1)},
-    "ZeRO-3 is not supported.*Use FSDP2": {"deepspeed_plugin": types.SimpleNamespace(zero_stage=3)},
     "Megatron-LM is not supported": {"distributed_type": DistributedType.MEGATRON_LM},
     "tp_size=2 and cp_size=4 of parallelism_config": {
         "parallelism_config": types.SimpleNamespace(tp_size=2, cp_size=4, sp_size=1)
     },
     None: {
         "fsdp_plugin": types.SimpleNamespace(fsdp_version=2),
-        "deepspeed_plugin": types.SimpleNamespace(zero_stage=2),
         "parallelism_config": types.SimpleNamespace(tp_size=1, cp_size=1, sp_size=1, dp_shard_size=8),
     },
 }

@@ -39,11 +39,11 @@ TABLE = {
     "chunked_loss": Row(ours="objective", others="torch"),
     "batches": Row(others="torch"),
     "contexts": Row(others="torch"),
-    "sharding": Row(others="torch"),
+    "sharding": Row(others="torch", lazy="deepspeed"),
     "uncertainty": Row(others="numpy torch"),
     "kernels": Row(others="torch triton"),
     # What is asked of a network, and what is done to its forward pass.
-    "architecture": Row(ours="chunked_loss", others="peft torch transformers"),
+    "architecture": Row(ours="chunked_loss sharding", others="peft torch transformers"),
     "late_expansion": Row(ours="architecture contexts", others="torch"),
     "hidden_states": Row(ours="architecture chunked_loss contexts sharding", others="torch"),
     "data_loss": Row(ours="batches chunked_loss hidden_states objective", others="torch"),
@@ -51,12 +51,12 @@ TABLE = {
     "card": Row(others="huggingface_hub peft safetensors"),
     "config": Row(ours="card", others="peft", lazy="public"),
     "projection": Row(ours="config contexts draws layout sharding", others="peft torch"),
-    "sites": Row(ours="architecture config projection", others="peft torch"),
+    "sites": Row(ours="architecture config projection sharding", others="peft torch"),
     "scale": Row(ours="architecture batches layout projection", others="torch"),
     "calibration_loss": Row(
         ours="architecture batches data_loss hidden_states scale sharding", others="accelerate torch"
     ),
-    "calibration": Row(ours="calibration_loss config projection scale", others="torch"),
+    "calibration": Row(ours="calibration_loss config projection scale sharding", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
     "passes": Row(ours="architecture draws late_expansion layout noise projection", others="torch"),
     "sampled_rows": Row(ours="architecture contexts late_expansion", others="torch transformers"),
@@ -77,7 +77,7 @@ TABLE = {
     "logvar_groups": Row(ours="sharding", others="torch"),
     "replay": Row(others="torch"),
     "trainer": Row(
-        ours="architecture batches config logvar_groups loss model objective progress replay trl_trainers",
+        ours="architecture batches config logvar_groups loss model objective progress replay sharding trl_trainers",
         others="accelerate peft torch transformers",
     ),
     "progress": Row(others="transformers"),

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
@@ -14,6 +14,8 @@ from dipnet_hf import DipTrainer, DipTrainerMixin, dip_loss
 from dipnet_hf.trainer import ShardedCalibration
 from tests.helpers import (
     HasALossOfItsOwn,
+    assert_same,
+    calibrated_model,
     collate,
     dip_model,
     losses,
@@ -561,6 +563,45 @@ def test_the_scale_is_resumed_where_fsdp_leaves_it_out(rows, tmp_path, monkeypat
     trainer.is_fsdp_enabled = True
     trainer._load_from_checkpoint(str(tmp_path))
     assert trainer.model.noise_summary() == saved.noise_summary()
+
+
+@pytest.fixture
+def in_zero3(monkeypatch):
+    """Trainers go the way of ZeRO-3; that of parameters in parts is in `test_zero.py`."""
+    monkeypatch.setattr(DipTrainer, "_is_in_zero3", True)
+
+
+def test_the_scale_is_resumed_where_zero_3_leaves_it_out(rows, tmp_path, in_zero3):
+    saved = dip_model(calibration=[collate(list(rows))])
+    saved.save_pretrained(tmp_path)
+    trainer = make_trainer(dip_model(), rows, tmp_path)
+    trainer._load_optimizer_and_scheduler(None)
+    assert trainer.model.needs_calibration
+    trainer._load_optimizer_and_scheduler(str(tmp_path))
+    assert trainer.model.noise_summary() == saved.noise_summary()
+
+
+@pytest.mark.parametrize("weights", ["lora", "full", "frozen"])
+def test_an_adapter_is_saved_whole_from_what_zero_3_has_gathered(rows, tmp_path, in_zero3, weights):
+    model = calibrated_model(weights=weights)
+    trainer = make_trainer(model, rows, tmp_path)
+    trainer._save(str(tmp_path), {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    assert_same(model, PeftModel.from_pretrained(build("llama"), tmp_path).eval())
+    trainer._save(str(tmp_path), None)  # on another process, which only helps to gather
+
+
+def test_a_model_for_zero_3_is_calibrated_when_training_begins(rows, tmp_path, in_zero3):
+    needed = []
+
+    class Spy(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            needed.append(model.needs_calibration)
+
+    trainer = make_trainer(dip_model(), rows, tmp_path)
+    trainer.callback_handler.callbacks.insert(0, Spy())
+    trainer.callback_handler.callbacks.append(Spy())
+    trainer.train()
+    assert needed == [True, False]
 
 
 def test_the_level_is_shared_by_the_gradients_where_zero_takes_them_away(rows, tmp_path):
