@@ -219,6 +219,24 @@ def test_what_has_no_ensemble_is_refused():
         method.ensemble(2).__enter__()
 
 
+@pytest.mark.parametrize("name", [name for name in SETTINGS if METHODS[name].needs_lora])
+def test_an_adapter_that_does_not_run_has_no_samples(name):
+    method = METHODS[name](**SETTINGS[name])
+    model, _ = attached(method)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"'default' of .* is merged, .*: call unmerge_adapter\(\)"):
+        method.ensemble(2).__enter__()
+    model.unmerge_adapter()
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"'default' of .* is not active, .*set_adapter\(name\)"):
+        method.ensemble(2).__enter__()
+    model.set_adapter("default")
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="is merged"):
+        method.ensemble(2).__enter__()
+
+
 def test_a_failed_forward_leaves_no_trace_in_the_next(method):
     model, input_ids = attached(method)
     with torch.no_grad(), method.ensemble(2):
