@@ -26,9 +26,9 @@ class LayerDropout(SampledRegularizer):
     Ghahramani 2016, arXiv 1506.02142), with one `m` per sample and layer for all tokens: what variational dropout for
     sequences draws (arXiv 1512.05287), but it does so in training too.
 
-    The input of a layer is the whole residual stream. It holds massive activations and outlier channels in pretrained
-    language models, which multiplicative noise hits in proportion: a small `p` costs much there, and more at the
-    layers in which they stand. `layers_to_transform` leaves those out.
+    The input of a layer is the whole residual stream. In pretrained language models it holds massive activations and
+    outlier channels, which multiplicative noise hits in proportion: the usual `p = 0.1` leaves little of such a
+    network. Hence the small default; `layers_to_transform` may leave out layers.
 
     Cost: 1 pass; one mask per layer is kept for the backward pass. An ensemble: k rows for one.
 
@@ -41,7 +41,7 @@ class LayerDropout(SampledRegularizer):
         ValueError: a setting out of range, a layer that is not there, or no decoder layers are found.
     """
 
-    p: float = 0.1
+    p: float = 0.01
     kind: str = "bernoulli"
     layers_to_transform: list[int] | None = None
 

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..sampled_rows import SampledRows
 from .lora import LoraSite, lora_sites
-from .samples import SampledRegularizer, network_of
+from .samples import Combine, SampledRegularizer, network_of
 
 
 class LoraNoise(SampledRegularizer):
@@ -26,6 +27,17 @@ class LoraNoise(SampledRegularizer):
         for number, site in enumerate(self.sites):
             hook = partial(self._add_noise, number)
             self._handles.append(site.layer.lora_A[site.adapter].register_forward_hook(hook))
+
+    def make_samples(self, num_samples: int, seed: int, combine: Combine) -> SampledRows:
+        """See `Answering`; an adapter that does not run by itself would have no noise."""
+        for name, layer, adapter in self.sites:
+            if layer.merged or adapter not in layer.active_adapters:
+                state = "merged" if layer.merged else "not active"
+                raise ValueError(
+                    f"The adapter '{adapter}' of '{name}' is {state}, so its samples cannot be drawn: call "
+                    "unmerge_adapter() or set_adapter(name)."
+                )
+        return super().make_samples(num_samples, seed, combine)
 
     def std(self, number: int) -> torch.Tensor:
         """The standard deviations of a site's A, of shape `(R, I)` or `(R, 1)`."""
