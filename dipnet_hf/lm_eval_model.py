@@ -23,6 +23,8 @@ from .answers import Answer, WritingLM
 from .ensemble import AVERAGES
 from .model import DipModel
 from .noise import fold_in
+from .regularizers.samples import SampledRegularizer
+from .regularizers.saved import attach_saved, saved_method
 from .responses import Responses
 from .sampled_rows import is_integer
 
@@ -40,7 +42,8 @@ class DipLM(WritingLM):
 
     Args:
         pretrained (`str` or model): the base model's folder or Hub id, or a model in memory, such as a `PeftModel`.
-        num_samples (`int`, *optional*): k. Without it the noise is off, and every score is that of `hf`.
+        num_samples (`int`, *optional*): k. Without it the noise is off, and every score is that of `hf`. A run with a
+            regularizer that has samples, such as `blob`, has no other noise.
         average (`str`): `"prob"` or `"logit"`, as in `model.ensemble`, or `"vote"`.
         seed (`int`): which k samples.
         responses (`Responses`, *optional*): keeps finished responses, and hands them out again.
@@ -68,19 +71,25 @@ class DipLM(WritingLM):
         **kwargs,
     ) -> None:
         check_mode(num_samples, average, seed)
+        run, revision, method = peft or pretrained, kwargs.get("revision", "main"), None
+        if isinstance(run, str):
+            method = saved_method(run, revision)
         if isinstance(pretrained, str):
             _check_base(pretrained)
-            adapter = None if peft is None else _read_adapter(peft, kwargs.get("revision", "main"))
+            adapter = None if peft is None else _read_adapter(peft, revision)
             has_noise = adapter is not None and adapter.peft_type == "DIP"
             self._all_weights = getattr(adapter, "weights", None) == "full"
         else:
             has_noise = isinstance(getattr(pretrained, "base_model", None), DipModel)
-        if num_samples is not None and not has_noise:
+        if num_samples is not None and not (has_noise or isinstance(method, SampledRegularizer)):
             raise ValueError(
                 f"num_samples={num_samples} draws the noise of a DIP adapter, and {peft or 'this model'} has none. "
                 "Give a DIP adapter as peft=<folder>, or leave num_samples out."
             )
         super().__init__(pretrained, peft=peft, **kwargs)
+        if method is not None and isinstance(run, str):
+            attach_saved(method, self._model, run, revision)
+        self._sampler: Any = self._model if has_noise else method
         if hasattr(self, "accelerator"):  # on CPUs HFLM would have every process answer everything
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.num_samples = num_samples
@@ -143,12 +152,12 @@ class DipLM(WritingLM):
         """The network that answers: the mean of k samples, or the one without noise."""
         if self.num_samples is not None:
             average = "prob" if self.average == VOTE else self.average
-            return self.model.ensemble(self.num_samples, average, self.seed)
+            return self._sampler.ensemble(self.num_samples, average, self.seed)
         return self.model.deterministic() if self.has_noise else nullcontext()
 
     def _sample(self, sample: int) -> AbstractContextManager[None]:
         """One sample of a vote."""
-        return self.model.ensemble(1, seed=int(fold_in(torch.tensor(self.seed), sample)))
+        return self._sampler.ensemble(1, seed=int(fold_in(torch.tensor(self.seed), sample)))
 
     def _vote(self, requests: list[Instance], num_samples: int, answer: Callable) -> list[str]:
         # Processes of unequal share pad it by further repeats of a request, so a repeat's number wraps around.

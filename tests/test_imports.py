@@ -91,7 +91,8 @@ TABLE = {
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),
     "lm_eval_model": Row(
-        ours="answers ensemble model noise responses sampled_rows", others="lm_eval peft torch transformers"
+        ours="answers ensemble model noise regularizers responses sampled_rows",
+        others="lm_eval peft torch transformers",
     ),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
     "__init__": Row(

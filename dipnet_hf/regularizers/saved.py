@@ -1,0 +1,43 @@
+"""The method that a finished run was trained with, where its answers need it."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+from transformers.utils import cached_file
+
+from . import METHODS
+from .regularizer import CONFIG_NAME, STATE_NAME, Regularizer
+from .samples import SampledRegularizer
+
+
+def saved_method(run: str, revision: str | None = None) -> Regularizer | None:
+    """Read the method of a run that answers otherwise, or by samples, with it; None where there is no such.
+
+    Args:
+        run (`str`): the folder or Hub id of a model or adapter.
+        revision (`str`, *optional*): of a Hub id.
+    """
+    path = _find(run, CONFIG_NAME, revision)
+    if path is None:
+        return None
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    method = METHODS[values.pop("name")](**values)
+    return method if method.changes_network or isinstance(method, SampledRegularizer) else None
+
+
+def attach_saved(method: Regularizer, model: nn.Module, run: str, revision: str | None = None) -> None:
+    """Attach a run's method to its model, and take up what it has learned."""
+    _find(run, STATE_NAME, revision)  # beside the settings, where `load` looks for it
+    method.attach(model)
+    method.load(Path(str(_find(run, CONFIG_NAME, revision))).parent)
+
+
+def _find(run: str, name: str, revision: str | None) -> str | None:
+    return cached_file(
+        run,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
