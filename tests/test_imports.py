@@ -86,6 +86,7 @@ TABLE = {
     "answers": Row(others="lm_eval torch"),
     "responses": Row(ours="answers", others="lm_eval"),
     "lm_eval_model": Row(ours="answers ensemble model noise responses", others="lm_eval peft torch transformers"),
+    "diagnostics": Row(ours="architecture batches public uncertainty", others="numpy peft torch", lazy="scipy"),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
     "__init__": Row(
         ours="config ensemble loss model objective registry", lazy="generation_callback sft_trainer trainer"
