@@ -15,7 +15,7 @@ from report.output_folder import check_files
 
 
 class FinishedRun(NamedTuple):
-    """The folder of a finished run, and the configuration of its fine-tuning; of a distillation that of the teacher."""
+    """The folder of a finished run, and the configuration of its fine-tuning: of a distillation, its teacher's."""
 
     folder: str
     config: FinetuneConfig

@@ -72,7 +72,11 @@ def lipschitz_constants(
             assert displacement.value is not None  # the place was passed
             parts.append(_constants(logits_RV, targets_R, displacement.value, num_iterations, generator))
             width = displacement.value.shape[-1]
-        rms = typical_rms(model, [batch], [place])[place]
+        parts_of_batch = (
+            {name: value[start : start + rows_per_pass] for name, value in batch.items()}
+            for start in range(0, len(batch["labels"]), rows_per_pass)
+        )
+        rms = typical_rms(model, parts_of_batch, [place])[place]
     logits_N, loss_N, change_N = map(torch.cat, zip(*parts, strict=True))
     if not (logits_N.isfinite().all() and loss_N.isfinite().all()):
         raise ValueError(f"The Lipschitz constant at {place} is not finite: does the model overflow? Use float32.")
