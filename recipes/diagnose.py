@@ -200,7 +200,7 @@ def measure_lipschitz(model: Any, rows: Rows, args: argparse.Namespace) -> dict:
     """Local Lipschitz constants at the embeddings, and at layers evenly over the depth."""
     layers = layer_places(model)
     chosen = [layers[number] for number in torch.linspace(0, len(layers) - 1, NUM_PLACES).round().int().tolist()]
-    places = ["embeddings", *dict.fromkeys(chosen[1:])]
+    places = ["embeddings", *(layer for layer in dict.fromkeys(chosen) if layer != layers[0])]  # its input is theirs
     return {place: lipschitz_constants(model, rows.whole, place, args.num_tokens, seed=args.seed) for place in places}
 
 

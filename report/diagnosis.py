@@ -118,7 +118,7 @@ def _draw_robustness(networks: dict[str, dict]) -> Any:
     measured = [
         (name, title)
         for name, (instrument, title) in DISTURBANCES.items()
-        if any(instrument in network for network in networks.values())
+        if any(name in network.get(instrument, {}) for network in networks.values())
     ]
     figure = _figure(3.2 * len(measured), 3.8)
     for axes, (name, title) in zip(np.ravel(figure.subplots(1, len(measured))), measured, strict=True):

@@ -38,6 +38,12 @@ def runs(dip_runs, model_folder, tmp_path_factory):
     return {name: str(folder) for name, folder in folders.items()}
 
 
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch):
+    for name, value in {"PLANE": (-0.3, 0.0, 0.3), "LINE": (0.0, 0.5, 1.0), "NUM_DRAWS": 1, "PGD_STEPS": 2}.items():
+        monkeypatch.setattr(diagnose, name, value)
+
+
 def measured(folder):
     return json.loads((folder / "diagnosis.json").read_text())
 
@@ -45,14 +51,14 @@ def measured(folder):
 def test_all_networks_are_measured_beside_one_another(runs, tmp_path, capsys):
     shifted = tmp_path / "shifted.jsonl"
     write_jsonl(shifted, [{"question": f"{a} - 1?", "answer": f"#### {a - 1}"} for a in range(3)])
-    folders = [runs[name] for name in ("plain-full", "dip-full", "distilled")]
+    folders = [runs[name] for name in ("distilled", "dip-full")]
     diagnose.main([*folders, *QUICK, "--shift", str(shifted), "--out", str(tmp_path / "new" / "out")])
     out = tmp_path / "new" / "out"
     results, printed = measured(out), capsys.readouterr().out
-    names = ["plain-full", "full, noise off", "full, mean of 2", "distilled"]
+    names = ["distilled", "full, noise off", "full, mean of 2"]
     assert list(results["networks"]) == names
-    plain, noise_off, mean, distilled = results["networks"].values()
-    assert plain == noise_off == distilled, "the same weights, whichever way they were saved"
+    plain, noise_off, mean = results["networks"].values()
+    assert plain == noise_off, "the same weights, whichever way they were saved"
     assert mean["scores"] != plain["scores"] and mean["lipschitz"] != plain["lipschitz"]
     assert plain.keys() == {"scores", "shifted_scores", *diagnose.INSTRUMENTS}
     assert list(plain["lipschitz"]) == ["embeddings", "layer 1"]
@@ -60,7 +66,7 @@ def test_all_networks_are_measured_beside_one_another(runs, tmp_path, capsys):
     of_run = results["runs"]["full"]
     assert len(of_run["learned_noise"]["ratio_by_depth"]) == 2
     assert max(of_run["disagreement"]["mutual_information"]) > 0
-    line = results["lines"]["plain-full to distilled"]
+    line = results["lines"]["distilled to full"]
     assert max(line) == pytest.approx(min(line)), "there is no way to go between equal networks"
     assert results["provenance"]["script"] == "recipes/diagnose.py" and results["provenance"]["seed"] == 0
     pictures = ["lipschitz.png", "robustness.png", "plane.png", "line.png", "noise.png"]
@@ -78,8 +84,8 @@ def test_of_lora_the_adapter_alone_moves(runs, tmp_path):
     diagnose.main([runs["plain-lora"], runs["dip-lora"], *QUICK, "--instruments", "line", "--out", str(tmp_path)])
     results = measured(tmp_path)
     line = results["lines"]["plain-lora to lora"]
-    assert line[2] == pytest.approx(results["networks"]["plain-lora"]["scores"]["nll"], rel=1e-4)
-    assert line[12] == pytest.approx(results["networks"]["lora, noise off"]["scores"]["nll"], rel=1e-4)
+    assert line[0] == pytest.approx(results["networks"]["plain-lora"]["scores"]["nll"], rel=1e-4)
+    assert line[2] == pytest.approx(results["networks"]["lora, noise off"]["scores"]["nll"], rel=1e-4)
 
 
 def test_all_weights_of_a_full_run_move_but_the_variances(runs):
@@ -120,7 +126,7 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(runs["plain-full"], other)
     config = yaml.safe_load((other / "config.yaml").read_text())
-    (other / "config.yaml").write_text(yaml.safe_dump(config | {"max_length": 9}))
+    (other / "config.yaml").write_text(yaml.safe_dump(config | {"max_length": 33}))
     with pytest.raises(ValueError, match="The test rows of plain-full and other differ: compare runs on one data set"):
         diagnose.main([runs["plain-full"], str(other), *out])
     quantized = {"quantization": {"load_in_4bit": True}, "weights": {"peft_type": "LORA"}}
