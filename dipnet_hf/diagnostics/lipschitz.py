@@ -39,8 +39,8 @@ def lipschitz_constants(
 
     For a supervised token, `J = d logits / d x`, x being its sequence's whole `(L, D)` at the place. The largest
     singular value of J is found by power iteration on `J^T J`, from below, with products of J and `J^T` alone: J v is
-    the derivative of `J^T u` by u. An iteration costs two backward passes, and the memory is that of `rows_per_pass`
-    sequences.
+    the derivative of `J^T u` by u. A token costs as much as `4 + 2 * num_iterations` forward passes of its sequence,
+    and the memory is that of `rows_per_pass` sequences.
 
     Args:
         model (`nn.Module`): a causal language model or classifier, plain or with an adapter. As it answers where this
