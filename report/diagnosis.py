@@ -3,6 +3,7 @@
 Matplotlib is imported by the functions that draw.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -73,7 +74,7 @@ def draw_diagnosis(results: dict, folder: Path) -> list[Path]:
         `list[Path]`: the pictures, one for each kind of instrument that was read.
     """
     networks = results["networks"]
-    drawers = {
+    drawers: dict[str, tuple[Callable[[dict], Any], dict]] = {
         "lipschitz.png": (_draw_lipschitz, {k: n["lipschitz"] for k, n in networks.items() if "lipschitz" in n}),
         "robustness.png": (_draw_robustness, {k: n for k, n in networks.items() if {"noise", "attack"} & n.keys()}),
         "plane.png": (_draw_planes, {k: n["plane"] for k, n in networks.items() if "plane" in n}),
