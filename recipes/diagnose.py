@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,9 +40,9 @@ from dipnet_hf.diagnostics import (
     trace,
     weight_robustness,
 )
-from recipes.data import first_rows, heldout_set, make_collator, prepare_data
+from recipes.data import choose_chat, first_rows, heldout_set, make_collator, prepare_data
 from recipes.finished_run import FinishedRun, load_network, read_run
-from recipes.rows import read_problems
+from recipes.rows import load_rows
 from recipes.running import load_tokenizer, write_results
 from recipes.tokens import tokenize
 from report import draw_diagnosis, format_diagnosis, provenance
@@ -116,7 +116,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--radii", nargs="+", type=float, default=RADII, metavar="r", help=f"of disturbances ({RADII})"
     )
-    parser.add_argument("--shift", metavar="FILE", help="problems from elsewhere, JSON Lines of question and answer")
+    parser.add_argument("--shift", metavar="FILE", help="rows from elsewhere: a file of one of the formats")
     parser.add_argument("--seed", type=int, default=0, help="of noise, directions and samples (0)")
     return parser.parse_args(arguments)
 
@@ -154,15 +154,19 @@ def common_rows(runs: dict[str, FinishedRun], args: argparse.Namespace) -> Rows:
 def split_rows(run: FinishedRun, args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
     """The first rows of a run's split and of the shifted file, as tokens."""
     tokenizer = load_tokenizer(run.config)
-    data = prepare_data(run.config, tokenizer)
-    rows = data.train if args.split == "train" else data.heldout
-    if rows is None:
-        raise ValueError(f"{run.folder} has no test split: choose --split train.")
-    shifted = None
-    if args.shift is not None:
-        problems = first_rows(Dataset.from_list(read_problems(args.shift)), args.limit)
-        shifted = heldout_set(tokenize(problems, tokenizer, data.chat), run.config.max_length)[0]
-    return first_rows(rows, args.limit), shifted
+
+    def tokens_of(file: str) -> Dataset:
+        rows = first_rows(load_rows(file)["train"], args.limit)
+        chat = choose_chat(run.config, [DatasetDict(train=rows)])
+        return heldout_set(tokenize(rows, tokenizer, chat), run.config.max_length)[0]
+
+    if args.split == "train":
+        rows = first_rows(prepare_data(run.config, tokenizer).train, args.limit)
+    elif run.heldout.is_file():
+        rows = tokens_of(str(run.heldout))
+    else:
+        raise ValueError(f"{run.folder} held nothing out ({run.heldout}): choose --split train.")
+    return rows, None if args.shift is None else tokens_of(args.shift)
 
 
 def ways_to_answer(

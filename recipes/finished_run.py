@@ -20,6 +20,7 @@ class FinishedRun(NamedTuple):
     folder: str
     config: FinetuneConfig
     is_distilled: bool
+    heldout: Path  # the held-out problems, if there were any
 
     @property
     def has_noise(self) -> bool:
@@ -44,7 +45,7 @@ def read_run(folder: str) -> FinishedRun:
     config = load_config(str(path))
     if config.quantization is not None:
         raise ValueError(f"{folder} was trained on a quantized base, which has no second derivatives.")
-    return FinishedRun(folder, config, is_distilled)
+    return FinishedRun(folder, config, is_distilled, heldout=path.parent / "data" / "test.jsonl")
 
 
 def load_network(run: FinishedRun) -> Any:

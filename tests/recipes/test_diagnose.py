@@ -27,6 +27,7 @@ def runs(dip_runs, model_folder, tmp_path_factory):
         folders[name] = root / name
         folders[name].mkdir()
         shutil.copy(dip_runs[source] / "results.json", folders[name])
+        shutil.copytree(dip_runs[source] / "data", folders[name] / "data")
         config = yaml.safe_load((dip_runs[source] / "config.yaml").read_text())
         (folders[name] / "config.yaml").write_text(yaml.safe_dump(config | {"dip": None}))
         if source == "full":
@@ -129,6 +130,10 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     (other / "config.yaml").write_text(yaml.safe_dump(config | {"max_length": 33}))
     with pytest.raises(ValueError, match="The test rows of plain-full and other differ: compare runs on one data set"):
         diagnose.main([runs["plain-full"], str(other), *out])
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree(other / "data")
+    with pytest.raises(ValueError, match=r"other held nothing out \(.*test.jsonl\): choose --split train"):
+        diagnose.main([str(other), *out])
     quantized = {"quantization": {"load_in_4bit": True}, "weights": {"peft_type": "LORA"}}
     (other / "config.yaml").write_text(yaml.safe_dump(config | quantized))
     with pytest.raises(ValueError, match="other was trained on a quantized base"):
