@@ -51,7 +51,8 @@ from report.output_folder import write_whole
 RADII = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 NUM_DRAWS = 2  # of noise, per radius
 PGD_STEPS = 5
-NUM_PLACES = 5  # at which Lipschitz constants are measured: the embeddings and layers evenly over the depth
+NUM_PLACES = 3  # at which Lipschitz constants are measured: the embeddings and layers evenly over the depth
+NUM_ITERATIONS = 6  # of a Lipschitz constant
 NUM_VECTORS = 4  # of a trace
 PLANE = tuple(number / 10 for number in range(-3, 4))
 LINE = tuple(number / 10 for number in range(-2, 13))
@@ -205,7 +206,10 @@ def measure_lipschitz(model: Any, rows: Rows, args: argparse.Namespace) -> dict:
     layers = layer_places(model)
     chosen = [layers[number] for number in torch.linspace(0, len(layers) - 1, NUM_PLACES).round().int().tolist()]
     places = ["embeddings", *(layer for layer in dict.fromkeys(chosen) if layer != layers[0])]  # its input is theirs
-    return {place: lipschitz_constants(model, rows.whole, place, args.num_tokens, seed=args.seed) for place in places}
+    return {
+        place: lipschitz_constants(model, rows.whole, place, args.num_tokens, NUM_ITERATIONS, seed=args.seed)
+        for place in places
+    }
 
 
 def measure_curvature(model: Any, rows: Rows, args: argparse.Namespace) -> dict:

@@ -44,6 +44,9 @@ def _figures(network: dict) -> dict[str, float]:
     for place, constants in network.get("lipschitz", {}).items():
         for output in ("logits", "loss"):
             figures[f"Lipschitz of {output}, {place}, median"] = _relative(constants, output, median)
+    if "lipschitz" in network:
+        changes = [change for constants in network["lipschitz"].values() for change in constants["last_change"]]
+        figures["Lipschitz of logits, last change, worst"] = max(changes)
     if "curvature" in network:
         curvature = network["curvature"]
         figures["Hessian, top eigenvalue"] = curvature["hessian_top"]
