@@ -13,7 +13,7 @@ NETWORK = {
         "embeddings": {
             "logits": [1.0, 3.0, 2.0],
             "loss": [0.1, 0.3, 0.2],
-            "last_change": [0, 0, 0],
+            "last_change": [0, 0.03, 0],
             "token_norm": 10.0,
         },
         "layer 1": {"logits": [4.0, 4.0, 4.0], "loss": [1.0, 1.0, 1.0], "last_change": [0, 0, 0], "token_norm": 0.5},
@@ -49,6 +49,7 @@ def test_the_table_has_a_column_per_network(results):
         "Lipschitz of loss, embeddings, median": ["2", "2"],
         "Lipschitz of logits, layer 1, median": ["2", "2"],
         "Lipschitz of loss, layer 1, median": ["0.5", "0.5"],
+        "Lipschitz of logits, last change, worst": ["0.03", "0.03"],
         "Hessian, top eigenvalue": ["5", "-"],
         "Hessian, trace": ["7", "-"],
         "GGN, top eigenvalue": ["6", "-"],
