@@ -107,7 +107,7 @@ def attack_robustness(
 def _attacked(model: nn.Module, batch: Batch, radius: float, step: float, num_steps: int) -> TokenFigures:
     displacement = Displacement(len(batch["labels"]))
     with changed_at(model, {EMBEDDINGS: displacement}):
-        for _ in range(num_steps):
+        for _ in range(num_steps if radius else 0):
             loss = losses(model, batch).sum()
             value = displacement.value
             assert value is not None  # the embeddings were passed
