@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
                 results["runs"][name]["disagreement"] = plain({**found._asdict(), "auroc": found.auroc()})
             write_results(args.out / "diagnosis.json", results)
     if "line" in args.instruments and len(runs) > 1:
-        results["lines"] = measure_lines(runs, rows)
+        results["lines"] = plain(measure_lines(runs, rows))
         write_results(args.out / "diagnosis.json", results)
     table = format_diagnosis(results)
     write_whole(args.out / "table.txt", f"{table}\n")

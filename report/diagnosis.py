@@ -87,7 +87,7 @@ def draw_diagnosis(results: dict, folder: Path) -> list[Path]:
     paths = []
     for name, (draw, values) in drawers.items():
         if values:
-            draw(values).savefig(folder / name, dpi=110)
+            draw(values).savefig(folder / name, dpi=90)
             paths.append(folder / name)
     return paths
 
@@ -187,6 +187,7 @@ def _draw_noise(runs: dict[str, dict]) -> Any:
             by_token.plot(values, shares, f"C{number}", linestyle=style, label=f"{label}, {name}")
     by_depth.axhline(1, color="0.6", linestyle=":")
     by_depth.set(xlabel="site", ylabel="learned std / initial std", title="by depth, geometric mean over channels")
+    by_depth.xaxis.get_major_locator().set_params(integer=True)
     by_depth.legend(fontsize="small")
     by_token.set(xscale="log", xlabel="mutual information of the samples, nats", ylabel="share of the tokens")
     if by_token.lines:
