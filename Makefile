@@ -60,7 +60,7 @@ style: .venv/.installed  ## lint, format, types, spelling: checks only
 docs: .venv-docs/.installed  ## the documentation site, in build/site; a broken link fails
 	.venv-docs/bin/mkdocs build --strict
 
-# In dist/, where only the wheel can be imported: first without any extra, then with the one that the examples need.
+# In dist/, where only the wheel can be imported: first without any extra, then with those that the examples need.
 wheel:  ## build the wheel, install it in .venv-wheel and run the README's examples there
 	rm -rf dist .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
@@ -68,7 +68,7 @@ wheel:  ## build the wheel, install it in .venv-wheel and run the README's examp
 	.venv-wheel/bin/python -m pip wheel --no-deps -w dist .
 	.venv-wheel/bin/python -m pip install -c constraints.txt dist/*.whl
 	cd dist && ../.venv-wheel/bin/python -c "from dipnet_hf import DipConfig, DipTrainer, dip_loss, get_dip_model, predict"
-	.venv-wheel/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[trl]"
+	.venv-wheel/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[diagnostics,trl]"
 	mkdir -p dist/tests
 	cp -r README.md docs dist
 	cp tests/test_readme.py tests/tiny_models.py dist/tests

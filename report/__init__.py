@@ -1,5 +1,6 @@
 """Reading result files: where a number comes from, tables and plots. Never touches a model."""
 
+from report.diagnosis import draw_diagnosis, format_diagnosis
 from report.plots import plot_losses, plot_noise, plot_noise_level
 from report.provenance import provenance
 from report.tables import format_seeds, format_spreads, format_summary
@@ -12,6 +13,8 @@ from report.uncertainty_plots import (
 )
 
 __all__ = [
+    "draw_diagnosis",
+    "format_diagnosis",
     "format_seeds",
     "format_spreads",
     "format_summary",

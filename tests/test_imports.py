@@ -94,6 +94,7 @@ TABLE = {
         ours="answers ensemble model noise regularizers responses sampled_rows",
         others="lm_eval peft torch transformers",
     ),
+    "diagnostics": Row(ours="architecture batches public uncertainty", others="numpy peft torch", lazy="scipy"),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
     "__init__": Row(
         ours="config ensemble loss model objective registry", lazy="generation_callback sft_trainer trainer"
