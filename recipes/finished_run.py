@@ -9,6 +9,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dipnet_hf.regularizers.saved import attach_saved, saved_method
 from recipes.config import FinetuneConfig, load_config, load_distill_config
 from recipes.running import load_base
 from report.output_folder import check_files
@@ -53,10 +54,14 @@ def load_network(run: FinishedRun) -> Any:
     config = replace(run.config, dtype="float32", attn_implementation="sdpa")
     check_files(run.folder)
     if (Path(run.folder) / "adapter_config.json").is_file():
-        return PeftModel.from_pretrained(load_base(config), run.folder, is_trainable=True).eval()
-    return AutoModelForCausalLM.from_pretrained(
-        run.folder,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        trust_remote_code=config.trust_remote_code,
-    ).eval()
+        network = PeftModel.from_pretrained(load_base(config), run.folder, is_trainable=True)
+    else:
+        network = AutoModelForCausalLM.from_pretrained(
+            run.folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=config.trust_remote_code,
+        )
+    if (method := saved_method(run.folder)) is not None:
+        attach_saved(method, network, run.folder)
+    return network.eval()
