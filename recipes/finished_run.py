@@ -54,7 +54,7 @@ def load_network(run: FinishedRun) -> Any:
     config = replace(run.config, dtype="float32", attn_implementation="sdpa")
     check_files(run.folder)
     if (Path(run.folder) / "adapter_config.json").is_file():
-        network = PeftModel.from_pretrained(load_base(config), run.folder, is_trainable=True)
+        network: Any = PeftModel.from_pretrained(load_base(config), run.folder, is_trainable=True)
     else:
         network = AutoModelForCausalLM.from_pretrained(
             run.folder,
