@@ -75,7 +75,7 @@ wheel:  ## build the wheel, install it in .venv-wheel and run the README's examp
 	cd dist && ../.venv-wheel/bin/python -m pytest -c /dev/null --rootdir . -rs tests
 
 bench: .venv/.installed  ## every benchmark, on this machine (about an hour on two cores)
-	for name in step step_profile loss projection instructions padding scaling ensemble gradient_variance; do .venv/bin/python benchmarks/$$name.py || exit; done
+	for name in step step_profile loss projection instructions padding scaling ensemble gradient_variance regularizers; do .venv/bin/python benchmarks/$$name.py || exit; done
 
 bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no network, about 8 minutes
 	.venv/bin/python benchmarks/projection.py
