@@ -178,7 +178,8 @@ def ways_to_answer(
         yield name, nullcontext()
         return
     yield f"{name}, noise off", model.deterministic()
-    yield f"{name}, mean of {args.num_samples}", model.ensemble(args.num_samples, seed=args.seed)
+    mean = "one draw" if args.num_samples == 1 else f"mean of {args.num_samples}"
+    yield f"{name}, {mean}", model.ensemble(args.num_samples, seed=args.seed)
 
 
 def trained_weights(model: nn.Module) -> list[nn.Parameter]:

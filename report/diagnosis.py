@@ -173,23 +173,28 @@ def _draw_lines(lines: dict[str, list[float]]) -> Any:
 
 def _draw_noise(runs: dict[str, dict]) -> Any:
     """Left the learned noise by depth; right how far the samples disagree about right and wrong tokens."""
-    figure = _figure(9, 4)
-    by_depth, by_token = figure.subplots(1, 2)
+    compared = {label: run["disagreement"] for label, run in runs.items() if "disagreement" in run}
+    figure = _figure(9 if compared else 5, 4)
+    by_depth, *others = np.ravel(figure.subplots(1, 2 if compared else 1))
     for number, (label, run) in enumerate(runs.items()):
         by_depth.plot(run["learned_noise"]["ratio_by_depth"], f"C{number}", marker=".", label=label)
-        if "disagreement" not in run:
-            continue
-        correct = np.array(run["disagreement"]["correct"], dtype=bool)
-        nats = np.array(run["disagreement"]["mutual_information"])
-        for chosen, name, style in ((correct, "right", "-"), (~correct, "wrong", "--")):
-            values = np.sort(nats[chosen])
-            shares = np.arange(1, len(values) + 1) / max(len(values), 1)
-            by_token.plot(values, shares, f"C{number}", linestyle=style, label=f"{label}, {name}")
     by_depth.axhline(1, color="0.6", linestyle=":")
     by_depth.set(xlabel="site", ylabel="learned std / initial std", title="by depth, geometric mean over channels")
     by_depth.xaxis.get_major_locator().set_params(integer=True)
     by_depth.legend(fontsize="small")
-    by_token.set(xscale="log", xlabel="mutual information of the samples, nats", ylabel="share of the tokens")
-    if by_token.lines:
-        by_token.legend(fontsize="small")
+    for by_token in others:
+        _draw_disagreement(by_token, compared)
     return figure
+
+
+def _draw_disagreement(by_token: Any, runs: dict[str, dict]) -> None:
+    """The distribution over tokens of what the samples disagree on, of right ones and of wrong ones."""
+    for number, (label, disagreement) in enumerate(runs.items()):
+        correct = np.array(disagreement["correct"], dtype=bool)
+        nats = np.array(disagreement["mutual_information"])
+        for chosen, name, style in ((correct, "right", "-"), (~correct, "wrong", "--")):
+            values = np.sort(nats[chosen])
+            shares = np.arange(1, len(values) + 1) / max(len(values), 1)
+            by_token.plot(values, shares, f"C{number}", linestyle=style, label=f"{label}, {name}")
+    by_token.set(xscale="log", xlabel="mutual information of the samples, nats", ylabel="share of the tokens")
+    by_token.legend(fontsize="small")

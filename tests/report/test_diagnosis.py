@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from report import draw_diagnosis, format_diagnosis
-from report.diagnosis import _draw_lipschitz, _draw_planes, _draw_robustness
+from report.diagnosis import _draw_lipschitz, _draw_noise, _draw_planes, _draw_robustness
 
 NETWORK = {
     "scores": {"nll": 2.0, "accuracy": 0.5, "ece": 0.1},
@@ -75,3 +75,11 @@ def test_the_pictures_show_the_numbers(results):
     planes = _draw_planes({name: network["plane"] for name, network in networks.items()})
     assert [axes.get_title() for axes in planes.axes[:2]] == ["plain", "dip"]
     assert planes.axes[0].collections[0].get_clim() == (0.0, 3.0), "above the center, on one scale"
+
+
+def test_noise_without_disagreement_is_one_panel(results):
+    runs = {"dip": results["runs"]["dip"]}
+    assert len(_draw_noise(runs).axes) == 2
+    del runs["dip"]["disagreement"]
+    (axes,) = _draw_noise(runs).axes
+    assert axes.lines[0].get_ydata().tolist() == [0.9, 1.1]
