@@ -141,6 +141,11 @@ class DipLM(WritingLM):
             kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
         if peft is None or not self._all_weights:
             super()._create_model(pretrained, peft=peft, revision=revision, **kwargs)
+            for module in self._model.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    # bitsandbytes 0.50: some CPUs answer by a kernel in bfloat16, whatever the compute dtype, which
+                    # fails on matrices of some sizes.
+                    module.support_avx512bf16_for_cpu = False
             return
         super()._create_model(pretrained, revision=revision, **kwargs)
         num_embeddings = self._model.get_input_embeddings().num_embeddings

@@ -34,6 +34,9 @@ def attach_saved(method: Regularizer, model: nn.Module, run: str, revision: str 
 
 
 def _find(run: str, name: str, revision: str | None) -> str | None:
+    if run.startswith((".", "/", "~")) or Path(run).is_dir():
+        path = Path(run, name)
+        return str(path) if path.is_file() else None
     return cached_file(
         run,
         name,
