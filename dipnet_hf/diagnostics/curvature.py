@@ -23,8 +23,9 @@ class Curvature:
     the loss by the logits (Schraudolph 2002): it has no negative eigenvalue. The loss is the mean NLL over the
     supervised tokens of all batches.
 
-    A product costs as much as nine forward passes over the batches for the Hessian and seven for the GGN, or four where
-    the parameters are few, and the memory of the graph of one batch. The model must answer the same at every pass: noise off, or inside `model.ensemble(k)`.
+    A product costs as much as nine forward passes over the batches for the Hessian and seven for the GGN, or four
+    where the parameters are few, and the memory of the graph of one batch. The model must answer the same at every
+    pass: noise off, or inside `model.ensemble(k)`.
 
     Args:
         model (`nn.Module`): as for `lipschitz_constants`.
