@@ -11,12 +11,11 @@ of its own, model and optimizer state included.
 
 import argparse
 import gc
-import statistics
 import sys
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, MontecloraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -36,9 +35,8 @@ from dipnet_hf.regularizers import METHODS, regularize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_LAYERS, VOCAB_SIZE, BATCH_SIZE, LENGTH = 4, 8192, 2, 128
-MEMORY_STEPS, NUM_MEMORY_PROCESSES = 3, 1 if DEVICE == "cuda" else 3
-# Without them nothing differs between the two passes of R-Drop. They are the plain step's too.
-LORA_DROPOUT = 0.05
+MEMORY_STEPS = 3
+DROPOUT = 0.05  # without which nothing differs between the two passes of R-Drop; the plain step's too
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,10 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for weights in args.weights:
         names = ["plain", "dip", *(name for name in args.methods if weights == "lora" or not METHODS[name].needs_lora)]
-        memory = {}
-        for name in tqdm(names, desc=f"memory, {weights}"):
-            peaks = [memory_in_own_process(__file__, args.hidden, weights, name) for _ in range(NUM_MEMORY_PROCESSES)]
-            memory[name] = statistics.median(peaks)
+        memory = {
+            name: memory_in_own_process(__file__, args.hidden, weights, name)
+            for name in tqdm(names, desc=f"memory, {weights}")
+        }
         rounds = measure_time(args.hidden, weights, names, args.rounds)
         for name in names[1:]:
             rows.append(
@@ -75,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(rows)
     config = {
         **{"num_layers": NUM_LAYERS, "vocab_size": VOCAB_SIZE, "batch_size": BATCH_SIZE, "length": LENGTH},
-        **{"hidden": args.hidden, "rounds": args.rounds, "lora_dropout": LORA_DROPOUT},
+        **{"hidden": args.hidden, "rounds": args.rounds, "dropout": DROPOUT},
     }
     write_results(__file__, config, rows=rows)
 
@@ -90,7 +88,7 @@ def build(hidden: int, weights: str, name: str) -> tuple[Trainer, dict[str, torc
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
-        attention_dropout=LORA_DROPOUT,
+        attention_dropout=DROPOUT,
         use_cache=False,
     )
     with torch.device(DEVICE):
@@ -98,7 +96,13 @@ def build(hidden: int, weights: str, name: str) -> tuple[Trainer, dict[str, torc
     batch = {"input_ids": torch.randint(3, VOCAB_SIZE, (BATCH_SIZE, LENGTH), device=model.device)}
     batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"].clone()}
     batch["labels"][:, : LENGTH // 2] = -100
-    lora = LoraConfig(r=16, lora_dropout=LORA_DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=16,
+        lora_dropout=DROPOUT,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        monteclora_config=MontecloraConfig(num_samples=8, buffer_size=1) if name == "monteclora" else None,
+    )
     if name == "dip":
         dip_config = DipConfig(weights=lora if weights == "lora" else "full", init_noise_std=0.05)
         model = get_dip_model(model, dip_config, calibration=[batch])
