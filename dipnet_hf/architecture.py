@@ -99,6 +99,11 @@ def takes_tokens(model: Any) -> bool:
     return "input_ids" in inspect.signature(model.forward).parameters
 
 
+def network_of(model: Any) -> Any:
+    """The network itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def input_names(model: Any) -> list[str]:
     """The names of what the model's `forward` takes by position; none if some have no name."""
     parameters = inspect.signature(model.forward).parameters.values()

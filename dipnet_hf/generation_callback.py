@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from .architecture import context_length
+from .architecture import context_length, network_of
 
 METRIC = "eval_exact_match"
 
@@ -64,7 +64,7 @@ class GenerationCallback(TrainerCallback):
         self._stop_strings = stop_strings
         self._prompts = [self._encode(prompt) for prompt in prompts]
         self._references = list(references)
-        _check_lengths(self._prompts, max_new_tokens, context_length(_network(trainer)))
+        _check_lengths(self._prompts, max_new_tokens, context_length(network_of(trainer.model)))
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Refuse early stopping that would come first."""
@@ -135,11 +135,6 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _network(trainer: Trainer) -> Any:
-    model: Any = trainer.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check(trainer: Trainer, prompts: Sequence, references: Sequence, max_new_tokens: int, batch_size: int) -> None:

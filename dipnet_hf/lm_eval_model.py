@@ -71,9 +71,8 @@ class DipLM(WritingLM):
         **kwargs,
     ) -> None:
         check_mode(num_samples, average, seed)
-        run, revision, method = peft or pretrained, kwargs.get("revision", "main"), None
-        if isinstance(run, str):
-            method = saved_method(run, revision)
+        run, revision = peft or pretrained, kwargs.get("revision", "main")
+        has_samples = isinstance(run, str) and isinstance(saved_method(run, revision), SampledRegularizer)
         if isinstance(pretrained, str):
             _check_base(pretrained)
             adapter = None if peft is None else _read_adapter(peft, revision)
@@ -81,14 +80,13 @@ class DipLM(WritingLM):
             self._all_weights = getattr(adapter, "weights", None) == "full"
         else:
             has_noise = isinstance(getattr(pretrained, "base_model", None), DipModel)
-        if num_samples is not None and not (has_noise or isinstance(method, SampledRegularizer)):
+        if num_samples is not None and not (has_noise or has_samples):
             raise ValueError(
                 f"num_samples={num_samples} draws the noise of a DIP adapter, and {peft or 'this model'} has none. "
                 "Give a DIP adapter as peft=<folder>, or leave num_samples out."
             )
         super().__init__(pretrained, peft=peft, **kwargs)
-        if method is not None and isinstance(run, str):
-            attach_saved(method, self._model, run, revision)
+        method = attach_saved(self._model, run, revision) if isinstance(run, str) else None
         self._sampler: Any = self._model if has_noise else method
         if hasattr(self, "accelerator"):  # on CPUs HFLM would have every process answer everything
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

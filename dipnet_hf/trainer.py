@@ -236,7 +236,7 @@ class DipTrainerMixin(_Base):
             inputs = expand_batch(inputs, tuner.active_dip_config.num_samples)
             loss, nll, stability, outputs = self._base_terms(model, inputs, num_items_in_batch, return_outputs)
         prior = tuner.prior_loss()
-        if self._losses_are_added(num_items_in_batch):
+        if losses_are_added(self, num_items_in_batch):
             prior = prior / self.current_gradient_accumulation_steps
         self._record(
             torch.stack([term.detach().float().to(loss.device) for term in (nll, prior, stability)]),
@@ -316,13 +316,8 @@ class DipTrainerMixin(_Base):
         processes = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
         return processes / num_items_in_batch
 
-    def _losses_are_added(self, num_items_in_batch) -> bool:
-        """Whether the losses of the accumulated batches are added up; the base trainer averages them otherwise."""
-        stated = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.23
-        return num_items_in_batch is not None if stated is None else stated
-
     def _record(self, terms: torch.Tensor, num_items_in_batch) -> None:
-        if not self._losses_are_added(num_items_in_batch):
+        if not losses_are_added(self, num_items_in_batch):
             terms = terms / self.current_gradient_accumulation_steps
         # A second `train()`, or a restart with smaller batches, begins anew within steps that were not logged.
         if self._term_sums is None or self._run_of_sums is not self.state:
@@ -376,6 +371,12 @@ class NoiseReport(TrainerCallback):
             *(len(rows), rows[0]["name"], rows[-1]["name"], mean, config.noise_scale),
             *(config.num_samples, config.prior_weight, prior_std),
         )
+
+
+def losses_are_added(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether a Trainer adds the losses of the accumulated batches up; it averages them otherwise."""
+    stated = getattr(trainer, "loss_is_scaled_for_ga", None)  # since transformers 5.23
+    return num_items_in_batch is not None if stated is None else stated
 
 
 def check_strategy(accelerator: Any) -> None:

@@ -19,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dipnet_hf import DipConfig
-from dipnet_hf.regularizers import METHODS, Regularizer
+from dipnet_hf.regularizers import METHODS, TFB, Regularizer
 from dipnet_hf.regularizers.samples import SampledRegularizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -210,6 +210,8 @@ class FinetuneConfig:
             )
         self._check_watching()
         self.dip_config()  # for its errors
+        if self.dip is not None and isinstance(self.make_regularizer(), TFB):
+            raise ValueError("regularizer: tfb with dip: each has an ensemble of its own; leave one of them out.")
 
     def _check_watching(self) -> None:
         """Refuse what would be looked for at an evaluation and not be there."""

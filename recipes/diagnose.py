@@ -91,7 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
                 results["runs"][name]["disagreement"] = plain({**found._asdict(), "auroc": found.auroc()})
             write_results(args.out / "diagnosis.json", results)
     if "line" in args.instruments and len(runs) > 1:
-        results["lines"] = plain(measure_lines(runs, rows))
+        try:
+            results["lines"] = plain(measure_lines(runs, rows))
+        except ValueError as error:  # a method has given one of them more parameters
+            print(f"No line between these runs. {error}")
         write_results(args.out / "diagnosis.json", results)
     table = format_diagnosis(results)
     write_whole(args.out / "table.txt", f"{table}\n")

@@ -127,9 +127,11 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
         train(trainer, last_whole_checkpoint(output_dir))
     trainer.data_collator = make_collator(tokenizer)  # an ensemble takes padded rows
     model.eval()
+    if regularizer is not None:
+        regularizer.finish()  # a run that had ended was only loaded
+    if isinstance(regularizer, SampledRegularizer):
+        regularizer.fit(first_batches(trainer, data.train))
     sampler: Any = model if config.dip is not None else regularizer
-    if isinstance(sampler, SampledRegularizer) and config.evaluation.num_samples is not None:
-        sampler.fit(first_batches(trainer, data.train))
     evaluated = evaluate(trainer, eval_set)
     save_model(trainer, output_dir)
     scores = score_model(trainer, tokenizer, config, data.chat, evaluated, task_sets)

@@ -9,7 +9,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dipnet_hf.regularizers.saved import attach_saved, saved_method
+from dipnet_hf.regularizers.saved import attach_saved
 from recipes.config import FinetuneConfig, load_config, load_distill_config
 from recipes.running import load_base
 from report.output_folder import check_files
@@ -62,6 +62,7 @@ def load_network(run: FinishedRun) -> Any:
             attn_implementation="sdpa",
             trust_remote_code=config.trust_remote_code,
         )
-    if (method := saved_method(run.folder)) is not None:
-        attach_saved(method, network, run.folder)
+    if (method := attach_saved(network, run.folder)) is not None:
+        for parameter in method.added:  # no weights, whose surroundings are looked at
+            parameter.requires_grad_(False)
     return network.eval()

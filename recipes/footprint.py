@@ -33,7 +33,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.training_args import OptimizerNames
 
 from dipnet_hf import DipConfig, chunked_loss, get_dip_model
-from dipnet_hf.architecture import ModelProbe, decoder_layers
+from dipnet_hf.architecture import ModelProbe, decoder_layers, network_of
 from dipnet_hf.batches import expand_batch
 from dipnet_hf.data_loss import run
 from dipnet_hf.hidden_states import HiddenStateCapture
@@ -176,7 +176,7 @@ def measure(config: FinetuneConfig, training: TrainingArguments, for_gpu: bool) 
             _evaluate(model, config, training, autocast)
             evaluation = sum(meter.peak.values())
         cache = _cache(model, config)
-        layer = max(_num_bytes(part) for _, part in decoder_layers(_network(model)))
+        layer = max(_num_bytes(part) for _, part in decoder_layers(network_of(model)))
     num_parameters = sum(parameter.numel() for parameter in build_network(config).parameters())
     return Footprint(num_parameters, num_trainable, peak, evaluation, cache, layer, num_operations)
 
@@ -257,16 +257,12 @@ def _is_mixed(training: TrainingArguments) -> bool:
     return training.bf16 or training.fp16
 
 
-def _network(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @contextmanager
 def _kinds_of_logits_and_gradients(model: Any, meter: Meter) -> Iterator[None]:
     def count_logits(*_) -> None:
         meter.kind = "logits"
 
-    hooks = [_network(model).get_output_embeddings().register_forward_pre_hook(count_logits)]
+    hooks = [network_of(model).get_output_embeddings().register_forward_pre_hook(count_logits)]
     for parameter in model.parameters():
         if parameter.requires_grad:
             hooks.append(parameter.register_post_accumulate_grad_hook(lambda leaf: meter.move(leaf.grad, "gradients")))
@@ -302,7 +298,7 @@ def _train(
 
 def _warm_optimizer(model: Any, training: TrainingArguments, meter: Meter) -> torch.optim.Optimizer:
     """Make the optimizer, and let it make its state."""
-    optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(training, _network(model))
+    optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(training, network_of(model))
     if not optimizer_class.__module__.startswith("torch.optim"):
         raise ValueError(
             f"--plan knows PyTorch's optimizers, got optim={OptimizerNames(training.optim).value}; take adamw_torch."

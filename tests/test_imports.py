@@ -84,7 +84,8 @@ TABLE = {
     "generation_callback": Row(ours="architecture", others="torch transformers"),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "regularizers": Row(
-        ours="architecture batches config contexts ensemble generation logvar_groups noise sampled_rows uncertainty",
+        ours="architecture batches config contexts ensemble generation logvar_groups noise sampled_rows trainer "
+        "uncertainty",
         others="peft safetensors torch transformers",
     ),
     "axolotl": Row(ours="config trainer", others="axolotl peft pydantic"),

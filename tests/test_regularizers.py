@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM, Trainer
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from dipnet_hf import DipTrainer, dip_loss
 from dipnet_hf.regularizers import METHODS, Regularizer, regularize
 from dipnet_hf.regularizers.regularizer import RandomState, kept
-from tests.helpers import collate, dip_model, make_rows, make_trainer, run_in_processes
-from tests.tiny_models import build
+from dipnet_hf.regularizers.saved import saved_method
+from tests.helpers import collate, dip_model, make_rows, make_trainer, run_in_processes, word_tokenizer
+from tests.tiny_models import build, make_batch
 
 
 @pytest.fixture
@@ -34,8 +36,7 @@ class Again(Regularizer):
 class Decay(Regularizer):
     """Adds half the squared norm of the weights, in the loss."""
 
-    def attach(self, model, optimizer=None):
-        super().attach(model, optimizer)
+    def install(self, model):
         self.model = model
 
     def loss(self, batch):
@@ -221,3 +222,149 @@ def test_sharded_models_are_refused(rows, tmp_path, monkeypatch, attribute, stra
     monkeypatch.setattr(trainer, attribute, True)
     with pytest.raises(ValueError, match=f"Again needs whole weights and gradients .* {strategy} takes"):
         regularize(trainer, Again())
+
+
+# ---- what went wrong once ----
+
+
+class AtEvaluation(TrainerCallback):
+    """Notes the weights that an evaluation's callbacks see."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        self.seen.append(next(model.parameters()).detach().clone())
+
+
+def test_callbacks_of_an_evaluation_see_the_network_that_is_evaluated(rows, tmp_path):
+    average = METHODS["weight_average"](decay=1.0)
+    trainer = make_trainer(build("llama"), rows, tmp_path, Trainer, learning_rate=1e-2, eval_strategy="epoch")
+    regularize(trainer, average)
+    trainer.add_callback(callback := AtEvaluation())
+    trainer.train()
+    name = next(iter(average._weights))
+    assert torch.equal(callback.seen[-1], average.state_dict()[f"mean.{name}"])
+    assert not torch.equal(average.state_dict()[f"trained.{name}"], build("llama").state_dict()[name])
+
+
+@pytest.mark.parametrize("name", ["weight_average", "weight_compander"])
+def test_what_is_finished_is_not_trained_on_unnoticed(rows, tmp_path, name):
+    trainer = trained(build("llama"), rows, tmp_path, METHODS[name]())
+    with pytest.raises(ValueError, match="has given the model the weights that it is used with: make a new trainer"):
+        trainer.train()
+
+
+def test_a_step_after_a_failed_one_is_of_its_own_batches(rows, tmp_path):
+    trainer = make_trainer(build("llama"), rows, tmp_path, FailsOnce)
+    regularize(trainer, Again())
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.training_step(trainer.model, collate(list(rows)[:2]))
+    trainer.model.zero_grad()
+    trainer.training_step(trainer.model, batch := collate(list(rows)[4:6]))
+    other = build("llama").train()
+    other(**batch).loss.backward()
+    for parameter, expected in zip(trainer.model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+class FailsOnce(Trainer):
+    has_failed = False
+
+    def compute_loss(self, *args, **kwargs):
+        if not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("out of memory")
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["blob", "normality", "weight_compander"])
+def test_an_optimizer_that_was_there_learns_what_a_method_adds(rows, name):
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    method = METHODS[name]()
+    method.attach(model, optimizer)
+    before = [parameter.detach().clone() for parameter in method.added if parameter.requires_grad]
+    assert before
+    method.backward(model, collate(list(rows)[:4]))
+    optimizer.step()
+    after = [parameter for parameter in method.added if parameter.requires_grad]
+    assert all(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+def test_a_schedule_that_lacks_what_a_method_adds_is_refused(rows, tmp_path):
+    trainer = make_trainer(build("llama"), rows, tmp_path, Trainer)
+    trainer.create_optimizer_and_scheduler(2)
+    with pytest.raises(ValueError, match="adds parameters, which the given learning rate schedule does not know"):
+        regularize(trainer, METHODS["normality"]())
+    assert not any("normality" in name for name, _ in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("trainer_class", [None, Trainer], ids=["loop", "trainer"])
+def test_statistics_of_batch_normalization_are_those_of_the_first_pass(trainer_class, tmp_path):
+    batch = make_batch("resnet")
+    model, other = build("resnet").train(), build("resnet").train()
+    other(**batch)
+    sam = METHODS["sam"](rho=0.5)
+    if trainer_class is None:
+        sam.attach(model)
+        sam.backward(model, batch)
+    else:
+        trainer = trainer_class(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+        regularize(trainer, sam)
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(model, batch)
+    for (name, buffer), expected in zip(model.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+
+
+def test_one_regularizer_at_a_time(rows, tmp_path):
+    trainer = make_trainer(build("llama"), rows, tmp_path, Trainer)
+    regularize(trainer, Again())
+    with pytest.raises(ValueError, match="This trainer has a regularizer: one at a time"):
+        regularize(trainer, Again())
+
+
+def test_trainers_that_generate_batches_cannot_repeat_them(rows, tmp_path):
+    trainer = make_trainer(build("llama"), rows, tmp_path, Trainer)
+    trainer._buffered_inputs = None  # as TRL's GRPOTrainer has it
+    with pytest.raises(ValueError, match="Again repeats the passes of a step, and Trainer generates new batches"):
+        regularize(trainer, Again())
+
+
+@dataclass
+class OnesOwn(Regularizer):
+    """A method that is not in the dict."""
+
+
+def test_a_method_of_ones_own_is_saved_by_its_class(rows, tmp_path):
+    trained(build("llama"), rows, tmp_path, OnesOwn(), save_strategy="steps", save_steps=2)
+    assert json.loads((tmp_path / "checkpoint-2" / "regularizer.json").read_text()) == {"name": "OnesOwn"}
+    with pytest.raises(ValueError, match="was trained with OnesOwn, which is no method of this package"):
+        saved_method(str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("name", ["sam", "gam", "gradient_norm"])
+def test_methods_of_weights_need_some_that_learn(name):
+    with pytest.raises(ValueError, match="acts on the weights that learn, and PeftModel.* has none"):
+        METHODS[name]().attach(dip_model(weights="frozen"))
+
+
+# TRL 1.16 sets it in every SFTConfig, which transformers 5.23 warns of.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["sam", "weight_compander", "normality", "layer_dropout", "l2_sp"])
+def test_methods_work_around_trl(tmp_path, name):
+    trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=2
+    )
+    rows = Dataset.from_list([{"text": "w3 w4 w5 w6 w7"}] * 4)
+    trainer = trl.SFTTrainer(build("llama"), config, train_dataset=rows, processing_class=word_tokenizer())
+    regularize(trainer, METHODS[name]())
+    trainer.train()
+    changed = [not torch.equal(p, q) for p, q in zip(trainer.model.parameters(), build("llama").parameters())]
+    assert any(changed)

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 
 from .. import predict
-from ..architecture import shifts_labels
+from ..architecture import network_of, shifts_labels
 from ..batches import supervised
 from ..uncertainty import auroc
-from .predictions import Batch, network_of, num_targets, standing_still
+from .predictions import Batch, num_targets, standing_still
 
 
 class Disagreement(NamedTuple):

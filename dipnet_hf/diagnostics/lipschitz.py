@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..architecture import shifts_labels
+from ..architecture import network_of, shifts_labels
 from ..batches import IGNORE_INDEX
 from .perturbation import EMBEDDINGS, Displacement, changed_at, typical_rms
-from .predictions import Batch, network_of, num_targets, predict_targets, standing_still
+from .predictions import Batch, num_targets, predict_targets, standing_still
 
 
 class LipschitzConstants(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architecture import decoder_layers, input_embedding, token_dims
-from .predictions import Batch, network_of
+from ..architecture import decoder_layers, input_embedding, network_of, token_dims
+from .predictions import Batch
 
 EMBEDDINGS = "embeddings"
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -12,17 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..architecture import is_encoder_decoder, setting, shifts_labels
+from ..architecture import is_encoder_decoder, network_of, setting, shifts_labels
 from ..batches import num_supervised, supervised
 from ..uncertainty import expected_calibration_error
 
 Batch = Mapping[str, Any]
 _ATTENTION_WITH_SECOND_DERIVATIVES = (None, "eager", "sdpa")
-
-
-def network_of(model: nn.Module) -> Any:
-    """The network inside a `PeftModel`; another model is its own."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 @contextmanager

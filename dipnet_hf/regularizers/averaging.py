@@ -44,9 +44,8 @@ class WeightAverage(Regularizer):
                 f"{self.period!r}."
             )
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._means = {name: precise(weight.detach()).clone() for name, weight in self._weights.items()}
         self._num_steps = self._num_looks = 0

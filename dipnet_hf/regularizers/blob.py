@@ -51,9 +51,9 @@ class BLoB(LoraNoise):
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight of BLoB must be at least 0, got {self.kl_weight!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
+        super().install(model)
         self._roots = nn.ParameterDict()
         for number, site in enumerate(self.sites):
             root = torch.empty(site.a_RI.shape, device=site.a_RI.device, dtype=torch.float32)

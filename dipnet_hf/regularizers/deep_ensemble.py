@@ -11,9 +11,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..architecture import network_of
 from ..contexts import PerThread
 from ..sampled_rows import Repeated, SampledRows, check_samples
-from .samples import Answering, Combine, network_of
+from .samples import Answering, Combine
 
 
 class DeepEnsemble(Answering):

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .finite_differences import copy_gradients, gradient_of_norm, moved
-from .regularizer import Regularizer, weights
+from .regularizer import Regularizer, require_weights, weights
 
 
 @dataclass
@@ -29,7 +28,7 @@ class GAM(Regularizer):
             `radius / sqrt(number of weights)`: those of a network trained in pure bfloat16 do not.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or a model none of whose weights learn.
     """
 
     rho: float = 0.2
@@ -41,9 +40,9 @@ class GAM(Regularizer):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of GAM must be positive, got {getattr(self, name)!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
+        require_weights(model, "GAM")
         self._model = model
 
     def refine_gradient(self, recompute: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .finite_differences import copy_gradients, gradient_of_norm
-from .regularizer import Regularizer, with_gradients
+from .regularizer import Regularizer, require_weights, with_gradients
 
 
 @dataclass
@@ -29,7 +29,7 @@ class GradientNormPenalty(Regularizer):
         squared (`bool`): penalize the square. It depends on the scale of the loss, so not with float16's loss scaling.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or a model none of whose weights learn.
     """
 
     weight: float = 0.03
@@ -41,9 +41,9 @@ class GradientNormPenalty(Regularizer):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of GradientNormPenalty must be positive, got {getattr(self, name)!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
+        require_weights(model, "GradientNormPenalty")
         self._model = model
 
     def refine_gradient(self, recompute: Callable[[], None]) -> None:

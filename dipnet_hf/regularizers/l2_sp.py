@@ -36,9 +36,8 @@ class L2SP(Regularizer):
         if not self.weight > 0:
             raise ValueError(f"weight of L2SP must be positive, got {self.weight!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
         self._layers = lora_layers(model, "L2SP")
         if self._layers and self.decoupled:
             raise ValueError(

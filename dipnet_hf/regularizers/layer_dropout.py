@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..architecture import decoder_layers
-from .samples import SampledRegularizer, network_of
+from ..architecture import decoder_layers, network_of
+from .samples import SampledRegularizer
 
 _KINDS = ("bernoulli", "gaussian")
 
@@ -51,7 +51,7 @@ class LayerDropout(SampledRegularizer):
         if self.kind not in _KINDS:
             raise ValueError(f"kind of LayerDropout must be one of {', '.join(_KINDS)}, got {self.kind!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
         layers = [layer for _, layer in decoder_layers(network_of(model))]
         chosen = range(len(layers)) if self.layers_to_transform is None else self.layers_to_transform
@@ -60,7 +60,7 @@ class LayerDropout(SampledRegularizer):
                 f"layers_to_transform of LayerDropout names layer {wrong[0]}, and the model has layers 0 to "
                 f"{len(layers) - 1}."
             )
-        super().attach(model, optimizer)
+        super().install(model)
         for number in chosen:
             hook = partial(self._drop_input, number)
             self._handles.append(layers[number].register_forward_pre_hook(hook, with_kwargs=True))

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..architecture import network_of
 from ..sampled_rows import SampledRows
 from .lora import LoraSite, lora_sites
-from .samples import Combine, SampledRegularizer, network_of
+from .samples import Combine, SampledRegularizer
 
 
 class LoraNoise(SampledRegularizer):
@@ -20,10 +21,10 @@ class LoraNoise(SampledRegularizer):
 
     needs_lora: ClassVar[bool] = True
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
         self.sites: Sequence[LoraSite] = lora_sites(network_of(model), type(self).__name__)
-        super().attach(model, optimizer)
+        super().install(model)
         for number, site in enumerate(self.sites):
             hook = partial(self._add_noise, number)
             self._handles.append(site.layer.lora_A[site.adapter].register_forward_hook(hook))

@@ -32,7 +32,7 @@ class MonteCLoRA(Regularizer):
 
     needs_lora: ClassVar[bool] = True
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
         self._samplers = [module for module in model.modules() if isinstance(module, MontecloraSampler)]
         if not self._samplers:
@@ -40,7 +40,6 @@ class MonteCLoRA(Regularizer):
                 f"MonteCLoRA regularizes what LoRA draws, and this {type(model).__name__} draws none: set "
                 "monteclora_config of LoRA, such as {num_samples: 8, buffer_size: 1}."
             )
-        super().attach(model, optimizer)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """See `Regularizer`."""

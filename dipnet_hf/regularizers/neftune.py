@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
@@ -34,7 +33,7 @@ class NEFTune(Regularizer):
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha of NEFTune must be positive and finite, got {self.alpha!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
         embedding = input_embedding(model)
         if not isinstance(embedding, nn.Module) or isinstance(embedding, nn.modules.conv._ConvNd):
@@ -42,7 +41,6 @@ class NEFTune(Regularizer):
                 f"NEFTune adds noise to token embeddings, and {type(model).__name__} has none: noise at the input of "
                 "any module is what DipConfig(target_modules=...) adds."
             )
-        super().attach(model, optimizer)
         self._model = model
         self._hook = activate_neftune(model, self.alpha)
 

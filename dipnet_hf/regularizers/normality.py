@@ -57,7 +57,7 @@ class NormalityNormalization(Regularizer):
                 f"noise_std of NormalityNormalization must be finite and at least 0, got {self.noise_std!r}."
             )
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
         norms = _find_norms(model)
         if not norms:
@@ -65,7 +65,6 @@ class NormalityNormalization(Regularizer):
                 f"NormalityNormalization changes LayerNorms and RMSNorms with a weight of the hidden size, and "
                 f"{type(model).__name__} has none: give it a transformer."
             )
-        super().attach(model, optimizer)
         self._norms = norms
         self._hooks = []
         for norm in norms.values():

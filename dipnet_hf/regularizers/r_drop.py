@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..architecture import has_class_loss, shifts_labels
+from ..architecture import has_class_loss, network_of, shifts_labels
 from ..batches import supervised, targets_of
 from .layer_dropout import LayerDropout
-from .regularizer import Batch, Regularizer
+from .regularizer import Batch, Regularizer, precise
 
 _CHUNK_LOGITS = 2**24  # logits of one chunk: 64 MiB in float32
 
@@ -53,7 +53,7 @@ class RDrop(Regularizer):
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"layer_dropout of RDrop must be at least 0 and less than 1, got {self.layer_dropout!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
         dip: Any = getattr(model, "active_dip_config", None)
         if dip is not None and dip.num_samples > 1:
@@ -66,9 +66,7 @@ class RDrop(Regularizer):
                 "RDrop compares two passes that differ by dropout or noise, and those of this model are equal: set "
                 "RDrop's layer_dropout, or lora_dropout of LoRA, or train with DIPNet."
             )
-        super().attach(model, optimizer)
-        network: Any = model
-        self._network = network.get_base_model() if hasattr(network, "get_base_model") else network
+        self._network = network_of(model)
         self._dropout = LayerDropout(self.layer_dropout) if self.layer_dropout else None
         if self._dropout is not None:
             self._dropout.attach(model)
@@ -86,6 +84,11 @@ class RDrop(Regularizer):
         return (first + second) / 2 + self.alpha / 4 * batch.weight(len(logits_NV)) * divergence
 
     def _supervised(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+        if "labels" not in batch.inputs:
+            raise ValueError(
+                f"RDrop compares predictions at labels, and the batch has none, only {sorted(batch.inputs)}: it works "
+                "with trainers of one labelled text per row."
+            )
         labels, shift = targets_of(batch.inputs, shifts_labels(self._network))
         if not has_class_loss(self._network, logits, labels):
             raise ValueError(
@@ -101,17 +104,13 @@ def symmetric_kl(logits_NV: torch.Tensor, others_NV: torch.Tensor) -> torch.Tens
     chunks = zip(logits_NV.split(num_tokens), others_NV.split(num_tokens), strict=True)
     return sum(
         (checkpoint(_symmetric_kl, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks),
-        start=logits_NV.new_zeros((), dtype=_at_least_float32(logits_NV)),
+        start=logits_NV.new_zeros((), dtype=precise(logits_NV[:0]).dtype),
     )
 
 
 def _symmetric_kl(logits_NV: torch.Tensor, others_NV: torch.Tensor) -> torch.Tensor:
-    log_p_NV, log_q_NV = (x.to(_at_least_float32(x)).log_softmax(-1) for x in (logits_NV, others_NV))
+    log_p_NV, log_q_NV = (precise(x).log_softmax(-1) for x in (logits_NV, others_NV))
     return ((log_p_NV.exp() - log_q_NV.exp()) * (log_p_NV - log_q_NV)).sum()
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _is_random(model: nn.Module) -> bool:

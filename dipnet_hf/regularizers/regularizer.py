@@ -63,23 +63,37 @@ class Regularizer:
     """Whether it acts on the matrices of LoRA, and refuses a model without them."""
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Change the model as the method wants. It comes before an optimizer is made of the model's parameters.
+        """Change the model as the method wants.
 
         Args:
             model (`nn.Module`): any network, with or without an adapter, on its device.
             optimizer (`torch.optim.Optimizer`, *optional*): see `watch`; needed by the methods that say so.
         """
+        before = set(model.parameters())
+        self.install(model)
+        self.added = [parameter for parameter in model.parameters() if parameter not in before]
         if optimizer is not None:
             self.watch(optimizer)
+
+    def install(self, model: nn.Module) -> None:
+        """What a method does to a network that it is attached to: hooks, and parameters of its own."""
 
     def detach(self) -> None:
         """Give the model back as it was, but for what it has learned."""
 
+    added: Sequence[nn.Parameter] = ()
+    """The parameters that the method has added to the model."""
     _is_watching = False
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call `before_step` and `after_step` around every step of the optimizer."""
+        """Call `before_step` and `after_step` around every step of the optimizer, and have it train what was added."""
         self._is_watching = True
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        learning: list[Any] = [parameter for parameter in self.added if parameter.requires_grad]
+        if missing := [parameter for parameter in learning if id(parameter) not in known]:
+            is_named = any("param_names" in group for group in optimizer.param_groups)
+            named: list[Any] = [(f"{self.name}.{number}", parameter) for number, parameter in enumerate(missing)]
+            optimizer.add_param_group({"params": named if is_named else missing})
         optimizer.register_step_pre_hook(lambda optimizer, *_: self.before_step(optimizer))
         optimizer.register_step_post_hook(lambda *_: self.after_step())
 
@@ -87,6 +101,16 @@ class Regularizer:
         """Raise ValueError unless an optimizer is watched: for methods that act on the weights at its steps."""
         if not self._is_watching:
             raise ValueError(f"{type(self).__name__} acts at the steps of the optimizer: attach(model, optimizer).")
+
+    # ---- the network that training is for, where that is not the one that trains ----
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Context in which the model is as `finish` would leave it: so it is evaluated and saved during training."""
+        yield
+
+    def finish(self) -> None:
+        """Give the model, at the end of training, the weights that it is used with. Doing it again changes nothing."""
 
     # ---- what a method does ----
 
@@ -99,7 +123,9 @@ class Regularizer:
 
         Args:
             recompute (`Callable`): computes them anew, with the weights as they are when it is called: on the same
-                batches and with the same noise and dropout.
+                batches and with the same dropout and noise, which PyTorch's generators decide. (Within
+                `model.sampling(seed)` each pass of DIPNet has other noise.) Buffers, such as the running statistics of
+                batch normalization, stay as the first pass left them.
         """
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -107,16 +133,6 @@ class Regularizer:
 
     def after_step(self) -> None:
         """Act on the weights right after the optimizer did."""
-
-    # ---- the network that training is for, where that is not the one that trains ----
-
-    @contextmanager
-    def finished(self) -> Iterator[None]:
-        """Context in which the model is as `finish` would leave it: so it is evaluated and saved during training."""
-        yield
-
-    def finish(self) -> None:
-        """Give the model, at the end of training, the weights that it is used with."""
 
     # ---- a loop of one's own ----
 
@@ -146,9 +162,10 @@ class Regularizer:
 
         def recompute() -> None:
             zero_gradients(model)
-            for inputs, state in zip(batches, states, strict=True):
-                with state.restored():
-                    compute_loss(inputs)
+            with kept(list(model.buffers())):
+                for inputs, state in zip(batches, states, strict=True):
+                    with state.restored():
+                        compute_loss(inputs)
 
         total = 0.0
         for inputs in batches:
@@ -193,7 +210,7 @@ class Regularizer:
         """What the method is called in configurations."""
         from . import METHODS  # the dict lists the files of the methods, which import this one
 
-        return next(name for name, method in METHODS.items() if method is type(self))
+        return next((name for name, method in METHODS.items() if method is type(self)), type(self).__name__)
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -208,6 +225,12 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def precise(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float32, or as it is where it is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def require_weights(model: nn.Module, method: str) -> None:
+    """Raise ValueError for a method that acts on weights, where none learn."""
+    if not weights(model):
+        raise ValueError(f"{method} acts on the weights that learn, and {type(model).__name__} has none.")
 
 
 def with_gradients(model: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .regularizer import Regularizer, kept, with_gradients
+from .regularizer import Regularizer, kept, require_weights, with_gradients
 
 
 @dataclass
@@ -25,7 +25,7 @@ class SAM(Regularizer):
         eta (`float`): of ASAM, keeps weights near zero from being left out.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or a model none of whose weights learn.
     """
 
     rho: float = 0.05
@@ -37,9 +37,9 @@ class SAM(Regularizer):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of SAM must be positive, got {getattr(self, name)!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
+        require_weights(model, "SAM")
         self._model = model
 
     def refine_gradient(self, recompute: Callable[[], None]) -> None:

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from ..architecture import input_names, token_dims
+from ..architecture import input_names, network_of, token_dims
 from ..contexts import ContextValue
 from ..ensemble import average_of, predict_in
 from ..generation import GenerationGuard
@@ -102,9 +101,8 @@ class SampledRegularizer(Answering, Regularizer):
     In `eval()` and outside of `ensemble` the network is the mean one, without noise.
     """
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
         self.answer_from(model)
 
     def detach(self) -> None:
@@ -168,8 +166,3 @@ class NetworkSamples(SampledRows):
                 "rows: an ensemble needs modules that see every token, within the model's forward pass."
             )
         return x.unflatten(0, (self.num_samples, -1))
-
-
-def network_of(model: Any) -> nn.Module:
-    """The network itself, without PEFT's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -17,20 +17,40 @@ def saved_method(run: str, revision: str | None = None) -> Regularizer | None:
     Args:
         run (`str`): the folder or Hub id of a model or adapter.
         revision (`str`, *optional*): of a Hub id.
+
+    Raises:
+        ValueError: the method is none of this package.
     """
     path = _find(run, CONFIG_NAME, revision)
     if path is None:
         return None
     values = json.loads(Path(path).read_text(encoding="utf-8"))
-    method = METHODS[values.pop("name")](**values)
+    name = values.pop("name")
+    if name not in METHODS:
+        raise ValueError(f"{run} was trained with {name}, which is no method of this package: attach it yourself.")
+    method = METHODS[name](**values)
     return method if method.changes_network or isinstance(method, SampledRegularizer) else None
 
 
-def attach_saved(method: Regularizer, model: nn.Module, run: str, revision: str | None = None) -> None:
-    """Attach a run's method to its model, and take up what it has learned."""
-    _find(run, STATE_NAME, revision)  # beside the settings, where `load` looks for it
-    method.attach(model)
-    method.load(Path(str(_find(run, CONFIG_NAME, revision))).parent)
+def attach_saved(model: nn.Module, run: str, revision: str | None = None) -> Regularizer | None:
+    """Attach the method that a run answers with to its model, and take up what it has learned.
+
+    Args:
+        model (`nn.Module`): the run's model, just loaded.
+        run, revision: see `saved_method`.
+
+    Returns:
+        `Regularizer`: what `saved_method` gives.
+
+    Raises:
+        ValueError: the method is none of this package.
+    """
+    method = saved_method(run, revision)
+    if method is not None:
+        _find(run, STATE_NAME, revision)  # beside the settings, where `load` looks for it
+        method.attach(model)
+        method.load(Path(str(_find(run, CONFIG_NAME, revision))).parent)
+    return method
 
 
 def _find(run: str, name: str, revision: str | None) -> str | None:

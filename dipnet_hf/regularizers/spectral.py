@@ -37,9 +37,8 @@ class SpectralRegularization(Regularizer):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of SpectralRegularization must be positive, got {getattr(self, name)!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
         self._norms = SpectralNorms(model, "SpectralRegularization")
         self._biases = [parameter for name, parameter in weights(model).items() if name.rpartition(".")[2] == "bias"]
 

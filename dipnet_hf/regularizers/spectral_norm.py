@@ -35,9 +35,8 @@ class SpectralNorm(Regularizer):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of SpectralNorm must be positive, got {getattr(self, name)!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
         self._norms = SpectralNorms(model, "SpectralNorm")
 
     def loss(self, batch: Batch) -> torch.Tensor:

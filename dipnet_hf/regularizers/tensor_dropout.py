@@ -36,9 +36,8 @@ class TensorDropout(Regularizer):
         if not 0 < self.p < 1:
             raise ValueError(f"p of TensorDropout must be between 0 and 1, got {self.p!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
         layers = lora_layers(model, "TensorDropout")
         if not layers:
             raise ValueError(

@@ -50,9 +50,9 @@ class TFB(LoraNoise):
         if self.num_samples < 1:
             raise ValueError(f"num_samples of TFB must be at least 1, got {self.num_samples!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
+        super().install(model)
         self.sigma: float | None = None
 
     def fit(self, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -102,14 +102,14 @@ class TFB(LoraNoise):
     def _rotate(self) -> None:
         """Write A' and B', in the weights' dtype; an adapter that has them keeps them, and with them its samples."""
         for site in self.sites:
-            b_OR = site.b_OR.float()
+            a_RI, b_OR = site.a_RI.float().clone(), site.b_OR.float()
             unit_OR = torch.nn.functional.normalize(b_OR, dim=0)
             overlaps = (unit_OR.T @ unit_OR).fill_diagonal_(0.0)
             if overlaps.abs().max() <= max(4 * torch.finfo(site.b_OR.dtype).eps, 1e-5):
                 continue
-            u_OR, d_R, vh_RR = torch.linalg.svd(b_OR, full_matrices=False)
-            site.a_RI.copy_(vh_RR @ site.a_RI.float())
-            site.b_OR.copy_(u_OR * d_R)
+            u_OK, d_K, vh_KR = torch.linalg.svd(b_OR, full_matrices=False)
+            site.a_RI.zero_()[: len(d_K)] = vh_KR @ a_RI  # a rank above the layer's outputs leaves zeros
+            site.b_OR.zero_()[:, : len(d_K)] = u_OK * d_K
 
     @torch.no_grad()
     def _loss(self, batches: list[Mapping[str, Any]], with_noise: bool) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architecture import shifts_labels
+from ..architecture import network_of, shifts_labels
 from ..batches import num_supervised, supervised, targets_of
 from ..logvar_groups import give_own_groups
 from .regularizer import Batch, Regularizer
@@ -57,10 +57,9 @@ class VIB(Regularizer):
         if not 0 < self.init_std < math.inf:
             raise ValueError(f"init_std of VIB must be positive and finite, got {self.init_std!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        network: Any = model
-        network = network.get_base_model() if hasattr(network, "get_base_model") else network
+        network = network_of(model)
         self._head: Any = network.get_output_embeddings() if shifts_labels(network) else None
         if self._head is None:
             raise ValueError(
@@ -74,7 +73,6 @@ class VIB(Regularizer):
         self._batch: Batch | None = None
         self._information: torch.Tensor | None = None
         self._hook = self._head.register_forward_pre_hook(self._draw)
-        super().attach(model, optimizer)
 
     def detach(self) -> None:
         """See `Regularizer`."""
@@ -95,8 +93,9 @@ class VIB(Regularizer):
             self._batch = None
         if self._information is None:
             raise ValueError(
-                "VIB puts noise before the output head, and this forward pass has left that out: switch off what "
-                "computes the loss from the hidden states, such as use_liger_kernel."
+                "VIB puts noise before the output head, and this forward pass has left that out. Switch off what "
+                "computes the loss from the hidden states, such as use_liger_kernel; TRL's SFTTrainer always does so: "
+                "take transformers' Trainer."
             )
         num_tokens = num_supervised(*targets_of(batch.inputs, True))
         return data_loss + self.beta * batch.weight(num_tokens) * self._information

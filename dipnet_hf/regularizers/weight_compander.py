@@ -47,9 +47,8 @@ class WeightCompander(Regularizer):
         if not 1 < self.margin < math.inf:
             raise ValueError(f"margin of WeightCompander must be above 1 and finite, got {self.margin!r}.")
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
-        super().attach(model, optimizer)
         uses: Counter[Any] = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
         learning = set(weights(model).values())
         modules: dict[str, Any] = {

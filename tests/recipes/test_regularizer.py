@@ -1,9 +1,13 @@
 """Every regularizer through the fine-tuning recipe on a real model, a Llama of 260,000 parameters."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dipnet_hf.regularizers import METHODS
@@ -11,45 +15,58 @@ from dipnet_hf.regularizers.samples import SampledRegularizer
 from recipes import finetune
 from recipes.config import load_config
 from tests.helpers import losses, read_results
-from tests.recipes.conftest import WEIGHTS
+from tests.recipes.conftest import WEIGHTS, write_problems
 
-# What methods need that have no effect as they come.
-SETTINGS = {"r_drop": {"layer_dropout": 0.1}}
+# What methods need that have no effect, or none in two steps, as they come.
+SETTINGS = {"r_drop": {"layer_dropout": 0.1}, "l2_sp": {"weight": 1e4}}
 LORA_SETTINGS = {"monteclora": {"monteclora_config": {"num_samples": 2, "buffer_size": 1}}}
+
+
+def write_config(folder, model, problems, **values):
+    """Write a configuration of two steps, whose run lies in `folder / "run"`, and return its file."""
+    config = {
+        "model": str(model),
+        "dataset": str(problems),
+        "max_length": 64,
+        "weights": "full",
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        },
+        "evaluation": {"tasks": []},
+        **values,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "config.yaml")
 
 
 @pytest.fixture
 def configure(model_folder, problems_folder, tmp_path):
-    """Return a function that writes a configuration of two steps and returns its file."""
+    """Return a function that writes a configuration of the test's run and returns its file."""
+    return lambda model=model_folder, **values: write_config(tmp_path, model, problems_folder, **values)
 
-    def write(model=model_folder, **values):
-        config = {
-            "model": str(model),
-            "dataset": str(problems_folder),
-            "max_length": 64,
-            "weights": "full",
-            "training": {
-                "output_dir": str(tmp_path / "run"),
-                "max_steps": 2,
-                "per_device_train_batch_size": 2,
-                "learning_rate": 1e-3,
-                "use_cpu": True,
-                "logging_steps": 1,
-                "save_strategy": "no",
-            },
-            "evaluation": {"tasks": []},
-            **values,
-        }
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return str(path)
 
-    return write
+@pytest.fixture(scope="module")
+def plain_nlls(shared, tmp_path_factory):
+    """The NLL of runs without any method, by the weights that learn."""
+    found = {}
+    for name, weights in WEIGHTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        problems = write_problems(folder / "problems")
+        finetune.main([write_config(folder, shared / "models" / "stories260K", problems, weights=weights)])
+        found[name] = read_results(folder / "run")["metrics"]["eval_nll"]
+    return found
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_runs_through_the_recipe(configure, shared, tmp_path, name, weights):
+def test_every_method_runs_through_the_recipe(configure, shared, plain_nlls, tmp_path, name, weights):
+    """And takes part; only TFB leaves the network without its noise as plain training has made it."""
     regularizer = {"name": name, **SETTINGS.get(name, {})}
     own = "full" if weights == "full" else WEIGHTS[weights] | LORA_SETTINGS.get(name, {})
     config = configure(shared / "models" / "stories260K", weights=own, regularizer=regularizer)
@@ -60,8 +77,35 @@ def test_every_method_runs_through_the_recipe(configure, shared, tmp_path, name,
     finetune.main([config])
     results = read_results(tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 2
-    assert 0 < results["metrics"]["eval_nll"] < 20
+    nll = results["metrics"]["eval_nll"]
+    assert nll == pytest.approx(plain_nlls[weights], rel=0.5)
+    assert (nll == pytest.approx(plain_nlls[weights], rel=1e-6)) == (name == "tfb")
     assert (tmp_path / "run" / "regularizer.json").is_file()
+
+
+def test_two_noises_with_an_ensemble_each_are_refused(configure):
+    with pytest.raises(ValueError, match="tfb with dip: each has an ensemble of its own"):
+        load_config(configure(weights=WEIGHTS["lora"], dip={}, regularizer={"name": "tfb"}))
+
+
+def test_a_run_that_had_ended_is_scored_with_its_average(configure, tmp_path):
+    """Killed after its last checkpoint, it is only loaded: the network that writes answers is the mean too."""
+    average = {
+        "regularizer": {"name": "weight_average"},
+        "evaluation": {"tasks": ["gsm8k_local"], "max_new_tokens": 2},
+    }
+    training = yaml.safe_load(Path(configure()).read_text())["training"] | {"save_strategy": "steps", "save_steps": 2}
+    config = configure(**average, training=training)
+    finetune.main([config])
+    (tmp_path / "run" / "results.json").rename(tmp_path / "once.json")
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    finetune.main([config])
+    once, again = (
+        json.loads(path.read_text()) for path in (tmp_path / "once.json", tmp_path / "run" / "results.json")
+    )
+    assert once["scores"] == again["scores"]
+    for name, tensor in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.equal(tensor, saved[name])
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, SampledRegularizer)])

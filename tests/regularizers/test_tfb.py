@@ -155,3 +155,16 @@ def test_what_cannot_be_fitted_is_refused():
         method.fit([batch])
     with pytest.raises(ValueError, match="TFB acts on the matrices of LoRA"):
         TFB().attach(build("llama"))
+
+
+def test_a_rank_above_the_outputs_of_a_layer_leaves_the_weights_as_they_were():
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), LoraConfig(r=24, target_modules=["k_proj"], init_lora_weights=False)).eval()
+    batch = make_batch("llama")
+    expected = model(**batch).logits
+    method = TFB(loss_increase=0.5)
+    method.attach(model)
+    method._rotate()
+    torch.testing.assert_close(model(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+    method.sigma = 0.1
+    assert all(method.std(number).isfinite().all() for number in range(len(method.sites)))

@@ -194,7 +194,9 @@ def test_a_model_without_a_head_of_next_tokens_is_refused(make_model):
 def test_a_loss_that_leaves_the_head_out_is_refused():
     model, regularizer, batch = build("llama").train(), VIB(), make_batch("llama")
     regularizer.attach(model)
-    with pytest.raises(ValueError, match="this forward pass has left that out: switch off .* use_liger_kernel"):
+    with pytest.raises(
+        ValueError, match="this forward pass has left that out. Switch off .* use_liger_kernel; TRL's SFTTrainer"
+    ):
         regularizer.backward(model, batch, forward=lambda model, batch: SumOfStates(model, batch))
 
 
