@@ -132,7 +132,7 @@ img {{ max-width: 100% }}
 def _cells(summary: dict) -> list[tuple[str, ...]]:
     """The table's rows as text; a gap is a dash."""
     compared = {(entry["method"], entry["answer"]): entry for entry in summary["comparisons"]}
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in summary["rows"]:
         entry = compared.get((row["method"], row["answer"]))
         nll = interval = seconds = difference = of_difference = p_value = "-"

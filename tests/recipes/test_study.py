@@ -17,9 +17,12 @@ from recipes import finetune, study, study_results
 from recipes.study import main, report, run_process, run_study, seconds_of
 from recipes.study_config import load_study, tuning_cells
 from recipes.study_results import choose, read_cell, summarize
+from report.comparison import smallest_p_value
 from report.output_folder import occupied
 from report.provenance import versions
 
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("study-*.yaml"))
 METHODS = {
     "plain": {"setting": "training.weight_decay", "values": [0.0, 0.5]},
     "dip": {"setting": "dip.init_noise_std", "values": [0.1, 0.3], "num_samples": 2},
@@ -132,7 +135,7 @@ def test_a_killed_cell_counts_for_nothing_and_is_run_again_to_the_same_numbers(m
     def killed(cell, seconds_left):
         shutil.copytree(
             whole_of(cell), cell.run_folder, ignore=shutil.ignore_patterns("results.json", "*.lock")
-        )  # all that a run leaves but its last file
+        )  # all but the last file, and the checkpoints
 
     def whole_of(cell):
         return cell._replace(study=whole).run_folder
@@ -288,6 +291,16 @@ def test_an_occupied_cell_is_left_to_its_process(make_study):
 def test_a_study_that_could_not_run_is_refused_before_any_work(make_study, changes, message):
     with pytest.raises(ValueError, match=message):
         load_study(make_study(**changes))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_repository_studies_load_and_open_with_their_launch_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    loaded = load_study(path.relative_to(ROOT))
+    assert path.read_text().startswith(f"# python recipes/study.py recipes/configs/{path.name} ")
+    assert loaded.output_dir == f"runs/study/{path.stem.removeprefix('study-')}"
+    others = len(loaded.methods) - 1
+    assert smallest_p_value(len(loaded.seeds), others) < 0.01, "a study that could show nothing"
 
 
 def test_a_key_that_is_missing_is_named(tmp_path):
