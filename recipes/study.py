@@ -122,7 +122,8 @@ def run_cell(cell: Cell, run: Runner, seconds_left: float | None) -> None:
     if read.state == "done":
         for checkpoint in cell.run_folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    print(f"{cell.folder}: {read.state}{f', {read.seconds:.0f} s' if read.seconds else ''}", flush=True)
+    ended = f"done, {read.seconds:.0f} s" if read.seconds is not None else f"{read.state}, see log.txt"
+    print(f"{cell.folder}: {ended}", flush=True)
 
 
 def prepare(cell: Cell) -> None:

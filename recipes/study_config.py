@@ -6,7 +6,8 @@ A cell is a configuration of `recipes/finetune.py` in a folder of its own. Nothi
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,10 +114,18 @@ class Cell(NamedTuple):
         keys |= {"training.output_dir": str(self.run_folder), "training.seed": self.seed}
         keys |= {"heldout_split": "validation" if self.phase == "tuning" else "test"}
         keys |= {"evaluation.num_samples": method.num_samples}
-        config = load_config(self.study.base, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
-        if self.phase == "tuning":  # the tasks with a file of their own are more test sets
-            config.evaluation.tasks = {name: None for name, path in config.evaluation.tasks.items() if path is None}
-        return config
+        config = _load_once(self.study.base, tuple(f"{key}={json.dumps(value)}" for key, value in keys.items()))
+        if self.phase == "final":
+            return config
+        # The tasks with a file of their own are more test sets.
+        tasks: dict[str, str | None] = {name: p for name, p in config.evaluation.tasks.items() if p is None}
+        return replace(config, evaluation=replace(config.evaluation, tasks=tasks))
+
+
+@cache
+def _load_once(base: str, overrides: tuple[str, ...]) -> FinetuneConfig:
+    """Load a configuration that is not to be changed: a study asks for those of its cells again and again."""
+    return load_config(base, overrides)
 
 
 def tuning_cells(study: StudyConfig) -> list[Cell]:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def _ram_gib() -> float | None:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

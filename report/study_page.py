@@ -41,7 +41,7 @@ def sentences(summary: dict) -> list[str]:
         parts = [text.format(", ".join(by_verdict[name])) for name, text in wording.items() if name in by_verdict]
         seeds = sorted({entry["num_pairs"] for entry in compared})
         smallest = max(entry["smallest_p_value"] for entry in compared)
-        conditions = f"{' to '.join(str(number) for number in {seeds[0], seeds[-1]})} seeds"
+        conditions = f"{' to '.join(str(number) for number in dict.fromkeys((seeds[0], seeds[-1])))} seeds"
         if smallest >= 0.01:
             conditions += f"; so few that no difference could be shown, the smallest p is {smallest:.2g}"
         said.append(f"{answer.capitalize()}: {reference} is {'; '.join(parts)} (p < 0.01 after Holm; {conditions}).")
