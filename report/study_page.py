@@ -53,6 +53,13 @@ def gaps(summary: dict) -> list[str]:
     said = [f"{summary['num_cells']['done']} of {summary['num_cells']['all']} cells known so far are done."]
     if summary["not_tuned"]:
         said.append(f"Not tuned yet, and so in no table: {', '.join(summary['not_tuned'])}.")
+    values = {name: method["values"] for name, method in summary["study"]["methods"].items()}
+    at_edge = [row for row in summary["rows"] if row["value"] in (values[row["method"]][0], values[row["method"]][-1])]
+    if at_edge:
+        named = ", ".join(f"{row['method']} ({row['answer']})" for row in at_edge)
+        said.append(
+            f"The best value is the first or the last that was tried, and a better one may lie beyond: {named}."
+        )
     if len(summary["commits"]) > 1:
         said.append(f"The cells come from {len(summary['commits'])} commits: {', '.join(summary['commits'])}.")
     if len(summary["hardware"]) > 1:

@@ -16,7 +16,7 @@ def summary():
         "study": {
             "reference": "dip",
             "margin": 0.01,
-            "methods": {"dip": {"values": [1]}},
+            "methods": {name: {"values": [0, 1, 2]} for name in ("dip", "sam", "<plain>")},
             "tuning_seeds": [1],
             "seeds": [0],
         },
@@ -52,6 +52,12 @@ def test_without_figures_nothing_is_said(summary, tmp_path):
     assert "dip is not tuned yet" in sentences(summary)[0] and "in no table: dip" in " ".join(gaps(summary))
     write_html(summary, tmp_path / "study.html")
     assert "No figure yet" in (tmp_path / "study.html").read_text()
+
+
+def test_a_value_at_the_edge_of_what_was_tried_is_named(summary):
+    assert not [text for text in gaps(summary) if "may lie beyond" in text]
+    summary["rows"][1]["value"] = 2
+    assert "a better one may lie beyond: sam (last step)." in " ".join(gaps(summary))
 
 
 def test_gaps_and_mixed_origins_are_said(summary):
