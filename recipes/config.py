@@ -144,6 +144,8 @@ class FinetuneConfig:
             `training.metric_for_best_model: nll` the best checkpoint is scored beside the last.
         validation_fraction (`float`, *optional*): keep such a part of the training problems instead, chosen by what a
             problem says: it stays on its side when others are added, and so do copies of it.
+        heldout_split (`str`): which problems the figures of the finished model are of: `test`, or `validation`, which
+            leaves the test problems alone while settings are chosen.
         evaluation (`EvaluationConfig`): what the trained model is scored on.
         dtype (`str`, *optional*): the data type of an adapter's base, as in transformers' `from_pretrained`; null is
             the one it was saved in. All weights are trained in float32.
@@ -173,6 +175,7 @@ class FinetuneConfig:
     max_eval_samples: int | None = None
     num_validation_samples: int | None = None
     validation_fraction: float | None = None
+    heldout_split: str = "test"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dtype: str | None = None
     quantization: dict | None = None
@@ -192,6 +195,10 @@ class FinetuneConfig:
         if self.quantization is not None:
             self._check_quantization(self.quantization)
         has_validation = self.num_validation_samples is not None or self.validation_fraction is not None
+        if self.heldout_split not in ("test", "validation"):
+            raise ValueError(f"heldout_split must be test or validation, got {self.heldout_split!r}.")
+        if self.heldout_split == "validation" and not has_validation:
+            raise ValueError("heldout_split: validation needs num_validation_samples or validation_fraction.")
         if self.training.get("metric_for_best_model") is not None and not has_validation:
             raise ValueError(
                 "training.metric_for_best_model would choose the best checkpoint on the test problems that it is then "
@@ -279,7 +286,7 @@ class FinetuneConfig:
         if not self.dataset:
             raise ValueError("dataset is an empty list: give a Hub id, a folder or a file.")
         for values in self.dataset:
-            _check_keys("dataset", values, _field_names(DataSetConfig))
+            check_keys("dataset", values, field_names(DataSetConfig))
             if "path" not in values:
                 raise ValueError(f"A data set of the mixture has no path: {values!r}.")
         return [DataSetConfig(**values) for values in self.dataset]
@@ -394,7 +401,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
     Raises:
         ValueError: the file is missing or not a mapping, an override is malformed, or a key is unknown.
     """
-    values = _read_values(path, overrides)
+    values = read_values(path, overrides)
     _check_all_keys(values)
     evaluation = EvaluationConfig(**values.pop("evaluation", None) or {})
     return FinetuneConfig(**values, evaluation=evaluation)
@@ -402,15 +409,15 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
 
 def load_distill_config(path: str, overrides: Sequence[str] = ()) -> DistillConfig:
     """Read a distillation's YAML file; arguments and errors are those of `load_config`."""
-    values = _read_values(path, overrides)
-    _check_keys("", values, _field_names(DistillConfig))
+    values = read_values(path, overrides)
+    check_keys("", values, field_names(DistillConfig))
     if missing := sorted(name for name in ("teacher", "training") if values.get(name) is None):
         raise ValueError(f"The configuration lacks {', '.join(missing)}; see recipes/configs/ for complete ones.")
-    _check_keys("training", values["training"], _field_names(TrainingArguments))
+    check_keys("training", values["training"], field_names(TrainingArguments))
     return DistillConfig(**values)
 
 
-def _read_values(path: str, overrides: Sequence[str]) -> dict:
+def read_values(path: str, overrides: Sequence[str]) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"No configuration file at {path}; those of this repository are in recipes/configs/.")
     values = _parse_yaml(Path(path).read_text(encoding="utf-8"), path)
@@ -462,12 +469,12 @@ def _apply_override(values: dict, override: str) -> None:
 
 def _check_all_keys(values: dict) -> None:
     required = {"model", "dataset", "training", "weights"}
-    _check_keys("", values, _field_names(FinetuneConfig))
+    check_keys("", values, field_names(FinetuneConfig))
     if missing := sorted(name for name in required if values.get(name) is None):
         raise ValueError(f"The configuration lacks {', '.join(missing)}; see recipes/configs/ for complete ones.")
-    _check_keys("training", values["training"], _field_names(TrainingArguments))
+    check_keys("training", values["training"], field_names(TrainingArguments))
     if isinstance(values["weights"], dict):
-        _check_keys("weights", values["weights"], _field_names(_peft_config_class(values["weights"])))
+        check_keys("weights", values["weights"], field_names(_peft_config_class(values["weights"])))
     elif values["weights"] not in ("full", "frozen"):
         raise ValueError(
             f"weights must be full, frozen or the fields of a PEFT config, got {values['weights']!r}; "
@@ -475,14 +482,14 @@ def _check_all_keys(values: dict) -> None:
         )
     if values.get("dip") is not None:
         # What `DipConfig` takes and does not keep: runs of earlier versions stay readable.
-        names = _field_names(DipConfig) | {"alpha", "beta", "antithetic", "shared_prompt_noise"}
-        _check_keys("dip", values["dip"], names - {"weights", *_field_names(PeftConfig)})
+        names = field_names(DipConfig) | {"alpha", "beta", "antithetic", "shared_prompt_noise"}
+        check_keys("dip", values["dip"], names - {"weights", *field_names(PeftConfig)})
     if values.get("regularizer") is not None:
         _check_regularizer(values["regularizer"])
     if values.get("quantization") is not None:
-        _check_keys("quantization", values["quantization"], _parameter_names(BitsAndBytesConfig))
+        check_keys("quantization", values["quantization"], _parameter_names(BitsAndBytesConfig))
     if values.get("evaluation") is not None:
-        _check_keys("evaluation", values["evaluation"], _field_names(EvaluationConfig))
+        check_keys("evaluation", values["evaluation"], field_names(EvaluationConfig))
 
 
 def _peft_config_class(weights: dict) -> type[PeftConfig]:
@@ -499,10 +506,10 @@ def _check_regularizer(values) -> None:
         raise ValueError(
             f"regularizer must have a name, such as {{name: sam}}, got {values!r}; {did_you_mean(name, METHODS)}"
         )
-    _check_keys("regularizer", values, {"name", *_field_names(METHODS[name])})
+    check_keys("regularizer", values, {"name", *field_names(METHODS[name])})
 
 
-def _check_keys(section: str, given: dict, allowed: set[str]) -> None:
+def check_keys(section: str, given: dict, allowed: set[str]) -> None:
     """Raise a `ValueError` that names the nearest allowed keys when `given` holds another one."""
     prefix = f"{section}." if section else ""
     if not isinstance(given, dict):
@@ -520,13 +527,13 @@ def did_you_mean(given, allowed: Iterable[str], prefix: str = "") -> str:
 
 
 def _watch_config(values) -> WatchConfig:
-    _check_keys("evaluation.while_training", values, _field_names(WatchConfig))
+    check_keys("evaluation.while_training", values, field_names(WatchConfig))
     if "num_problems" not in values:
         raise ValueError("evaluation.while_training lacks num_problems: write for instance {num_problems: 32}.")
     return WatchConfig(**values)
 
 
-def _field_names(config_class: type) -> set[str]:
+def field_names(config_class: type) -> set[str]:
     return {item.name for item in fields(config_class) if item.init}
 
 

@@ -65,7 +65,9 @@ def _load(data_set: DataSetConfig, config: FinetuneConfig) -> DatasetDict:
         splits = hold_out(splits, config.num_validation_samples)
     if config.validation_fraction is not None:
         splits = hold_out_fraction(splits, config.validation_fraction)
-    if "test" in splits:
+    if config.heldout_split == "validation":
+        splits["test"] = splits["validation"]
+    elif "test" in splits:
         splits["test"] = first_rows(splits["test"], config.max_eval_samples)
     return splits
 

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -30,8 +31,13 @@ def provenance(script: str, config: dict, seed: int | None = None) -> dict:
         "seed": seed,
         "git": _git_state(Path(script).resolve().parent),
         "hardware": _hardware(),
-        "versions": {"python": platform.python_version(), **_package_versions()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Say which Python and which libraries are installed here; None for one that is not."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _git_state(folder: Path) -> dict | None:
@@ -80,10 +86,7 @@ def _ram_gib() -> float | None:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def _package_versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in PACKAGES}
-
-
+@cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

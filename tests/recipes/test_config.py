@@ -9,7 +9,8 @@ from peft import LoraConfig
 from dipnet_hf import DipConfig
 from recipes.config import DataSetConfig, WatchConfig, dump_config, load_config, load_distill_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes" / "configs"
+CONFIGS = sorted({*FOLDER.glob("*.yaml")} - {*FOLDER.glob("study-*.yaml")})  # those are in test_study
 
 MINIMAL = {
     "model": "m",
@@ -43,8 +44,7 @@ def test_repository_configs_load_and_open_with_their_launch_command(path):
 
 @pytest.mark.parametrize("name", ["stories260k-gsm8k", "stories260k-gsm8k-300"])
 def test_plain_twin_differs_in_dip_and_folder_alone(name):
-    folder = CONFIGS[0].parent
-    dip, plain = (load_config(str(folder / f"{name}{end}.yaml")) for end in ("", "-plain"))
+    dip, plain = (load_config(str(FOLDER / f"{name}{end}.yaml")) for end in ("", "-plain"))
     assert dip.dip is not None
     dip.dip, dip.training["output_dir"] = None, plain.training["output_dir"]
     assert dip == plain
@@ -148,6 +148,8 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
         (["columns=[question]"], {}, "columns must be a mapping such as {problem: question}"),
         (["validation_fraction=1"], {}, "validation_fraction must be between 0 and 1, or null, got 1"),
         (["validation_fraction=.1", "num_validation_samples=3"], {}, "both hold problems out: set one"),
+        (["heldout_split=train"], {}, "heldout_split must be test or validation, got 'train'"),
+        (["heldout_split=validation"], {}, "heldout_split: validation needs num_validation_samples"),
         (["apply_chat_template=chatml"], {}, "apply_chat_template must be true or false, got 'chatml'"),
         (["packing=bfd"], {}, "packing must be true or false, got 'bfd'"),
         (["system_prompt=[a]"], {}, "system_prompt must be text or null"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -123,6 +124,22 @@ def test_validation_problems_are_the_last_of_the_training_split(problems_folder)
     assert held_out["test"].to_list() == problems["test"].to_list()
     with pytest.raises(ValueError, match="num_validation_samples=12 leaves nothing to train on: there are 12"):
         hold_out(problems, 12)
+
+
+def test_figures_of_validation_problems_leave_the_test_split_alone(problems_folder, tokenizer):
+    config = FinetuneConfig(
+        model="m",
+        dataset=str(problems_folder),
+        training={"output_dir": "runs/x"},
+        weights="full",
+        num_validation_samples=4,
+        max_eval_samples=2,
+    )
+    tested = prepare_data(config, tokenizer)
+    validated = prepare_data(replace(config, heldout_split="validation"), tokenizer)
+    assert validated.train.to_list() == tested.train.to_list()
+    assert validated.heldout.to_list() == validated.validation.to_list() == tested.validation.to_list()
+    assert heldout_lines(validated.rows).count("\n") == 4 and heldout_lines(tested.rows).count("\n") == 2
 
 
 def split_of(questions, fraction=0.3):

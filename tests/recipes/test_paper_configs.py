@@ -18,7 +18,7 @@ from tests.helpers import read_results
 CONFIGS = {
     path.stem: load_config(str(path))
     for path in sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
-    if "distill" not in path.stem and load_config(str(path)).model in PAPER_MODELS
+    if not {"distill", "study"} & {*path.stem.split("-")} and load_config(str(path)).model in PAPER_MODELS
 }
 QUANTIZED = [name for name, config in CONFIGS.items() if config.quantization is not None]
 # One of each architecture, and one of them quantized.

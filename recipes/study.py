@@ -1,0 +1,188 @@
+"""Run a study: many methods, each tuned by the same number of trials, over many seeds; and report on what is there.
+
+    python recipes/study.py recipes/configs/study-stories260k.yaml --budget 10m
+    python recipes/study.py recipes/configs/study-stories260k.yaml --report
+
+First each method's values are tried and scored on validation problems. Then the best value by mean validation NLL, for
+each way of answering, runs with every seed and is scored on the test problems. A cell is one run of
+`recipes/finetune.py` in a process of its own; started again, the study goes on with what is missing, and several
+processes share the cells. `--report` writes `study.json`, `study.md` and `study.html` into the study's folder.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from recipes.config import dump_config
+from recipes.study_config import Cell, StudyConfig, final_cells, load_study, tuning_cells
+from recipes.study_results import CellResult, choose, read_cell, summarize
+from report.output_folder import occupied, write_whole
+from report.provenance import versions
+from report.study_page import format_markdown, write_html
+
+RECIPE = Path(__file__).with_name("finetune.py")
+SECONDS_TO_STOP = 10  # what a process has to end by itself
+SECONDS_TO_WAIT = 2  # between looks at what other processes of the study do
+
+Runner = Callable[[Cell, float | None], None]  # runs a cell's configuration, for so many seconds at most
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the cells that are missing, or report."""
+    args = parse_arguments(arguments)
+    study = load_study(args.config)
+    if unknown := sorted(set(args.only) - study.methods.keys()):
+        raise ValueError(f"--only {unknown[0]}: no method of this study; it has {', '.join(study.methods)}.")
+    if args.report:
+        report(study)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a cell's process ends too
+    run_study(study, run_process, args.only, None if args.budget is None else time.monotonic() + args.budget)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file, see recipes/configs/study-*.yaml")
+    parser.add_argument("--budget", type=seconds_of, metavar="TIME", help="stop after so long, such as 90s, 10m or 2h")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run the cells of these methods alone")
+    parser.add_argument("--report", action="store_true", help="run nothing; write the report of what is there")
+    return parser.parse_args(arguments)
+
+
+def seconds_of(text: str) -> float:
+    """Read a time of the command line, such as `10m`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if match is None:
+        raise ValueError(text)  # which argparse turns into its own error
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def run_study(study: StudyConfig, run: Runner, only: list[str], deadline: float | None) -> None:
+    """Run the cells that are missing, one at a time, until there is none or too little time for each.
+
+    A cell that fails is left for the next start. Where other processes run the last cells of the tuning, this waits.
+
+    Args:
+        study (`StudyConfig`): what to run.
+        run (`Runner`): runs one cell.
+        only (`list[str]`): the methods whose cells to run; all of them if empty.
+        deadline (`float`, *optional*): by `time.monotonic()`.
+    """
+    tried: set[Path] = set()
+    while True:
+        cells = [cell for cell in all_cells(study) if cell.method in (only or study.methods)]
+        read = [read_cell(cell) for cell in cells]
+        is_waiting = False
+        for cell, found in zip(cells, read, strict=True):
+            if cell.folder in tried or found.state != "missing":
+                continue
+            if deadline is not None and time.monotonic() + expected_seconds(cell.method, cells, read) > deadline:
+                continue
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(occupied(cell.folder))
+                except ValueError:
+                    is_waiting = True
+                    continue
+                if read_cell(cell).state != "missing":  # another process has just finished it
+                    continue
+                tried.add(cell.folder)
+                run_cell(cell, run, None if deadline is None else deadline - time.monotonic())
+            break  # to look at all cells again: their values may be chosen by now
+        else:
+            if not is_waiting:
+                return
+            time.sleep(SECONDS_TO_WAIT)
+
+
+def all_cells(study: StudyConfig) -> list[Cell]:
+    """List the cells in the order in which they run; those of a method's final phase as soon as it is tuned."""
+    return tuning_cells(study) + final_cells(study, choose(study))
+
+
+def run_cell(cell: Cell, run: Runner, seconds_left: float | None) -> None:
+    """Run one cell in its folder, which this process occupies, and say how it went."""
+    prepare(cell)
+    print(f"{cell.folder} ...", flush=True)
+    run(cell, seconds_left)
+    read = read_cell(cell)
+    if read.state == "done":
+        for checkpoint in cell.run_folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    ended = f"done, {read.seconds:.0f} s" if read.seconds is not None else f"{read.state}, see log.txt"
+    print(f"{cell.folder}: {ended}", flush=True)
+
+
+def prepare(cell: Cell) -> None:
+    """Write what a cell shall run; an unfinished run of another configuration or of other versions is begun anew."""
+    asked = {cell.folder / "config.yaml": dump_config(cell.config()), cell.folder / "versions.json": versions_text()}
+    if any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in asked.items()):
+        shutil.rmtree(cell.run_folder, ignore_errors=True)
+    for path, text in asked.items():
+        write_whole(path, text)
+    write_whole(cell.folder / "started", datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def versions_text() -> str:
+    """The versions of the libraries here, as JSON."""
+    return json.dumps(versions(), indent=1)
+
+
+def run_process(cell: Cell, seconds_left: float | None) -> None:
+    """Run the recipe in a process of its own, which is ended when its time is over or this one ends."""
+    with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
+        command = [sys.executable, str(RECIPE), str(cell.folder / "config.yaml")]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(seconds_left)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process that still runs, and wait for its end."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def expected_seconds(method: str, cells: list[Cell], read: list[CellResult]) -> float:
+    """Tell how long a cell will take, by the longest of its method so far, or of any; 0 if none has ended yet."""
+    known = [(cell.method, found.seconds) for cell, found in zip(cells, read, strict=True) if found.seconds]
+    of_method = [seconds for name, seconds in known if name == method]
+    return max(of_method or [seconds for _, seconds in known], default=0.0)
+
+
+def report(study: StudyConfig) -> None:
+    """Write the report into the study's folder."""
+    folder = Path(study.output_dir)
+    summary = summarize(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "study.json", json.dumps(summary, indent=1))
+    write_whole(folder / "study.md", format_markdown(summary))
+    write_html(summary, folder / "study.html")
+    print(f"study.json, study.md and study.html are in {folder}; {len(summary['missing'])} cells are missing")
+
+
+if __name__ == "__main__":
+    main()

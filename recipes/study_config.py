@@ -1,0 +1,184 @@
+"""A study: which methods, which values of each one's tuned setting, which seeds; and its cells, one run each.
+
+A cell is a configuration of `recipes/finetune.py` in a folder of its own. Nothing is run here.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.config import FinetuneConfig, check_keys, field_names, load_config, read_values
+
+_OF_THE_STUDY = {"training.output_dir", "training.seed", "heldout_split", "evaluation.num_samples"}
+
+
+@dataclass
+class MethodConfig:
+    """One method of a study.
+
+    Args:
+        setting (`str`): the dotted key of a `FinetuneConfig` that is tuned, such as `dip.init_noise_std`.
+        values (`list`): what is tried for it; every method of a study has the same number.
+        set (`dict`): other keys of the configuration, dotted, that make the method.
+        num_samples (`int`, *optional*): also score the mean of so many noisy passes.
+    """
+
+    setting: str
+    values: list
+    set: dict[str, Any] = field(default_factory=dict)
+    num_samples: int | None = None
+
+
+@dataclass
+class StudyConfig:
+    """One study of `recipes/study.py`.
+
+    Args:
+        base (`str`): a configuration of `recipes/finetune.py`, which holds problems out for validation.
+        output_dir (`str`): the folder of the cells and of the report.
+        reference (`str`): the method that all others are compared with.
+        margin (`float`): nats per token; a difference within it is called equivalence.
+        tuning_seeds (`list[int]`): each value of a method is tried with these.
+        seeds (`list[int]`): the chosen values are run with these.
+        methods (`dict`): the fields of `MethodConfig` by a method's name.
+        set (`dict`): keys of the base that all methods change, dotted.
+
+    Raises:
+        ValueError: a key is unknown, the methods have different numbers of trials, or a cell's configuration is none.
+    """
+
+    base: str
+    output_dir: str
+    reference: str
+    margin: float
+    tuning_seeds: list[int]
+    seeds: list[int]
+    methods: dict[str, MethodConfig]
+    set: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("tuning_seeds", "seeds"):
+            _check_seeds(name, getattr(self, name))
+        if self.reference not in self.methods:
+            raise ValueError(f"reference is {self.reference!r}, and the methods are {', '.join(self.methods)}.")
+        if not (isinstance(self.margin, (int, float)) and self.margin > 0):
+            raise ValueError(f"margin must be positive, got {self.margin!r}.")
+        num_trials = {name: len(method.values) for name, method in self.methods.items()}
+        if len(set(num_trials.values())) > 1:
+            raise ValueError(f"Every method needs as many values as the others, got {num_trials}.")
+        for name, method in self.methods.items():
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"A method's name is one of a folder: letters, digits, '_', '-' and '.', got {name!r}."
+                )
+            folders = {_folder_of(value) for value in method.values}
+            if len(folders) < len(method.values):
+                raise ValueError(f"The values of {name} are not all different: {method.values}.")
+            if given := sorted(_OF_THE_STUDY & {*self.set, *method.set, method.setting}):
+                raise ValueError(f"{given[0]} is set by the study for every cell; leave it out.")
+        for cell in tuning_cells(self):
+            cell.config()
+
+
+class Cell(NamedTuple):
+    """One run: a method with one value of its setting and one seed."""
+
+    study: StudyConfig
+    phase: str  # "tuning", scored on validation problems, or "final", on test problems
+    method: str
+    value: Any
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the cell's lock, log and configuration are."""
+        return Path(self.study.output_dir) / self.phase / self.method / _folder_of(self.value) / f"seed{self.seed}"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the recipe writes."""
+        return self.folder / "run"
+
+    def config(self) -> FinetuneConfig:
+        """Build the configuration of the recipe.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        method = self.study.methods[self.method]
+        keys = {**self.study.set, **method.set, method.setting: self.value}
+        keys |= {"training.output_dir": str(self.run_folder), "training.seed": self.seed}
+        keys |= {"heldout_split": "validation" if self.phase == "tuning" else "test"}
+        keys |= {"evaluation.num_samples": method.num_samples}
+        config = _load_once(self.study.base, tuple(f"{key}={json.dumps(value)}" for key, value in keys.items()))
+        if self.phase == "final":
+            return config
+        # The tasks with a file of their own are more test sets.
+        tasks: dict[str, str | None] = {name: p for name, p in config.evaluation.tasks.items() if p is None}
+        return replace(config, evaluation=replace(config.evaluation, tasks=tasks))
+
+
+@cache
+def _load_once(base: str, overrides: tuple[str, ...]) -> FinetuneConfig:
+    """Load a configuration that is not to be changed: a study asks for those of its cells again and again."""
+    return load_config(base, overrides)
+
+
+def tuning_cells(study: StudyConfig) -> list[Cell]:
+    """List every value of every method with the tuning seeds, one method after the other in turn."""
+    numbers = range(len(study.methods[study.reference].values))
+    return [
+        Cell(study, "tuning", name, method.values[number], seed)
+        for seed in study.tuning_seeds
+        for number in numbers
+        for name, method in study.methods.items()
+    ]
+
+
+def final_cells(study: StudyConfig, chosen: dict[str, dict[str, Any]]) -> list[Cell]:
+    """List the chosen values, by method and answer, with all seeds: seed by seed, so that pairs are complete early."""
+    cells = [
+        Cell(study, "final", name, value, seed)
+        for seed in study.seeds
+        for name in study.methods
+        for value in chosen.get(name, {}).values()
+    ]
+    return list({cell.folder: cell for cell in cells}.values())  # two answers may have chosen the same value
+
+
+def load_study(path: str) -> StudyConfig:
+    """Read a study's YAML file and check every key, and the configuration of every cell.
+
+    Raises:
+        ValueError: the file is missing, a key is unknown or missing, or a value is out of range.
+    """
+    values = read_values(path, [])
+    check_keys("", values, field_names(StudyConfig))
+    if missing := sorted(field_names(StudyConfig) - {"set"} - values.keys()):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; see recipes/configs/study-stories260k.yaml.")
+    if not isinstance(values["methods"], dict):
+        raise ValueError(
+            f"methods must hold `name: {{setting: ..., values: [...]}}` lines, got {values['methods']!r}."
+        )
+    for name, fields in values["methods"].items():
+        check_keys(f"methods.{name}", fields, field_names(MethodConfig))
+        if not (
+            isinstance(fields.get("setting"), str) and isinstance(fields.get("values"), list) and fields["values"]
+        ):
+            raise ValueError(f"methods.{name} needs a setting and a list of values to try for it, got {fields}.")
+    methods = {name: MethodConfig(**fields) for name, fields in values["methods"].items()}
+    return StudyConfig(**{**values, "methods": methods})
+
+
+def _check_seeds(name: str, seeds: Sequence) -> None:
+    is_list = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not is_list or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{name} must be a list of different seeds such as [0, 1, 2], got {seeds!r}.")
+
+
+def _folder_of(value) -> str:
+    return re.sub(r"[^\w.+-]", "_", value if isinstance(value, str) else json.dumps(value))

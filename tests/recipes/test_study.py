@@ -1,0 +1,331 @@
+"""A study on a tiny model: cells that run once, are run again or never mix, what is chosen, and what is claimed."""
+
+import json
+import random
+import shutil
+import signal
+import threading
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes import finetune, study, study_results
+from recipes.study import main, report, run_process, run_study, seconds_of
+from recipes.study_config import load_study, tuning_cells
+from recipes.study_results import choose, read_cell, summarize
+from report.comparison import smallest_p_value
+from report.output_folder import occupied
+from report.provenance import versions
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("study-*.yaml"))
+METHODS = {
+    "plain": {"setting": "training.weight_decay", "values": [0.0, 0.5]},
+    "dip": {"setting": "dip.init_noise_std", "values": [0.1, 0.3], "num_samples": 2},
+}
+
+
+@pytest.fixture
+def make_study(model_folder, problems_folder, tmp_path):
+    """Return a function that writes a study of the tiny model, some keys changed, and returns its file."""
+
+    def make(name="study", **changed):
+        training = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True}
+        base = {
+            "model": str(model_folder),
+            "dataset": str(problems_folder),
+            "max_length": 64,
+            "num_validation_samples": 3,
+            "weights": "full",
+            "training": {"output_dir": "unused", "save_steps": 1, **training},
+            "evaluation": {"limit": 1, "max_new_tokens": 1},
+        }
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+        values = {
+            "base": str(tmp_path / "base.yaml"),
+            "output_dir": str(tmp_path / name),
+            "reference": "dip",
+            "margin": 0.01,
+            "tuning_seeds": [100],
+            "seeds": [0, 1],
+            "methods": METHODS,
+            **changed,
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        return tmp_path / f"{name}.yaml"
+
+    return make
+
+
+def recipe(cell, seconds_left):
+    """Run a cell's configuration as its process does."""
+    finetune.main([str(cell.folder / "config.yaml")])
+
+
+def writes(nll_of, seconds=0):
+    """A runner that trains nothing and writes a result file with `nll_of(cell)` for the NLL."""
+
+    def run(cell, seconds_left):
+        now = datetime.now(timezone.utc).timestamp() + seconds
+        recorded = {
+            "date": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"),
+            "config": asdict(cell.config()),
+            "git": None,
+            "hardware": {"cpu": "a CPU"},
+            "versions": versions(),
+        }
+        results = {
+            "metrics": {"eval_nll": nll_of(cell)},
+            "best_checkpoint": None,
+            "ensemble_scores": None,
+            "log_history": [{"train_runtime": 1.0}],
+            "provenance": recorded,
+        }
+        cell.run_folder.mkdir(exist_ok=True)
+        (cell.run_folder / "results.json").write_text(json.dumps(results))
+
+    return run
+
+
+def finish(path, run, **arguments):
+    """Run what is missing of a study, and return it."""
+    run_study(load_study(path), run, **{"only": [], "deadline": None, **arguments})
+    return load_study(path)
+
+
+def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_every_seed(make_study, problems_folder):
+    done = finish(make_study(seeds=[0]), recipe)
+    trained = (problems_folder / "train.jsonl").read_text().splitlines()
+    for cell in study.all_cells(done):
+        scored = (cell.run_folder / "data" / "test.jsonl").read_text().splitlines()
+        assert (set(map(_question, scored)) <= set(map(_question, trained))) == (cell.phase == "tuning")
+        assert len(scored) == (3 if cell.phase == "tuning" else 5)
+        assert not list(cell.run_folder.glob("checkpoint-*"))
+    chosen = choose(done)
+    assert set(chosen["plain"]) == {"last step"} and set(chosen["dip"]) == {"last step", "mean of 2"}
+    for answer, value in chosen["dip"].items():
+        nll = {cell.value: read_cell(cell).nll[answer] for cell in tuning_cells(done) if cell.method == "dip"}
+        assert value == min(nll, key=nll.get)
+    summary = summarize(done)
+    assert not summary["missing"] and [row["num_seeds"] for row in summary["rows"]] == [1, 1, 1]
+
+    report(done)
+    folder = Path(done.output_dir)
+    assert json.loads((folder / "study.json").read_text())["num_cells"] == summary["num_cells"]
+    page = (folder / "study.html").read_text()
+    assert "data:image/png;base64," in page and "so few that no difference could be shown" in page
+    for row in summary["rows"]:
+        assert f"{row['mean']:.4f}" in page and f"{row['mean']:.4f}" in (folder / "study.md").read_text()
+        for seed, file in zip(row["nll"], row["files"], strict=True):
+            assert json.loads((folder / file).read_text())["provenance"]["seed"] == seed and file in page
+
+
+def _question(line):
+    return json.loads(line)["question"]
+
+
+def test_a_killed_cell_counts_for_nothing_and_is_run_again_to_the_same_numbers(make_study):
+    one = {"methods": {"dip": {**METHODS["dip"], "values": [0.1]}}, "seeds": [0]}
+    path, whole = make_study(**one), finish(make_study("whole", **one), recipe)
+
+    def killed(cell, seconds_left):
+        shutil.copytree(
+            whole_of(cell), cell.run_folder, ignore=shutil.ignore_patterns("results.json", "*.lock")
+        )  # all but the last file, and the checkpoints
+
+    def whole_of(cell):
+        return cell._replace(study=whole).run_folder
+
+    halves = finish(path, killed)
+    assert {read_cell(cell).why for cell in study.all_cells(halves)} == {"began and did not end"}
+    assert not choose(halves) and not summarize(halves)["rows"]
+    for cell in tuning_cells(halves):
+        text = (cell.run_folder / "config.yaml").read_text()
+        (cell.run_folder / "config.yaml").write_text(text.replace(str(whole.output_dir), str(halves.output_dir)))
+    again = finish(path, recipe)
+    for cell in study.all_cells(again):
+        assert read_cell(cell).nll == read_cell(cell._replace(study=whole)).nll
+
+
+def test_a_change_of_configuration_or_versions_never_mixes(make_study, monkeypatch):
+    finish(make_study(), writes(lambda cell: 1.0))
+    changed = finish(make_study(set={"training.learning_rate": 0.5}), pytest.fail)  # nothing is run over it
+    summary = summarize(changed)
+    assert not summary["rows"] and summary["not_tuned"] == ["plain", "dip"]
+    assert {gap["why"] for gap in summary["missing"]} == {"ran with another training.learning_rate"}
+
+    same = finish(make_study(), pytest.fail)
+    assert len(summarize(same)["rows"]) == 2
+    monkeypatch.setattr(study_results, "versions", lambda: versions() | {"torch": "0.1"})
+    assert {gap["why"] for gap in summarize(same)["missing"]} == {"ran with another version of torch"}
+
+
+def test_an_unfinished_run_of_another_configuration_is_begun_anew(make_study):
+    begun = []
+
+    def dies(cell, seconds_left):
+        begun.append((cell.run_folder / "half").exists())
+        cell.run_folder.mkdir(exist_ok=True)
+        (cell.run_folder / "half").touch()
+
+    for change in ({}, {}, {"set": {"max_length": 32}}):
+        finish(make_study(**change, methods={"dip": METHODS["dip"]}), dies)
+    assert begun == [False] * 2 + [True] * 2 + [False] * 2
+
+
+def test_a_method_against_itself_is_the_same_to_the_bit_and_not_told_apart(make_study):
+    one = {**METHODS["dip"], "values": [0.1]}
+    done = finish(make_study(methods={"dip": one, "again": one}, seeds=[0]), recipe)
+    first, again = (read_cell(cell) for cell in study.all_cells(done) if cell.phase == "final")
+    assert first.nll == again.nll and first.results["noise"] == again.results["noise"]
+    for compared in summarize(done)["comparisons"]:
+        assert (compared["difference"], compared["p_value"], compared["verdict"]) == (0, 1, "no difference shown")
+
+
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_labels_that_say_nothing_tell_no_methods_apart(make_study, tmp_path, problems_folder, is_shuffled):
+    """A stand-in for a method that learns more, where there is something to learn; the data are configured."""
+    shuffled = shutil.copytree(problems_folder, tmp_path / "shuffled")
+
+    def nll_of(cell):
+        learns = cell.method == "dip" and cell.config().dataset != str(shuffled)
+        return random.Random(f"{cell.method} {cell.value} {cell.seed}").gauss(1.0 - learns, 0.1)
+
+    changes = {"set": {"dataset": str(shuffled)}} if is_shuffled else {}
+    done = finish(make_study(seeds=list(range(10)), **changes), writes(nll_of))
+    (compared,) = summarize(done)["comparisons"]
+    assert compared["verdict"] == ("no difference shown" if is_shuffled else "better")
+
+
+def test_no_cell_starts_that_would_not_end_in_time(make_study, monkeypatch):
+    started = []
+
+    def run(cell, seconds_left):
+        started.append((cell, seconds_left))
+        writes(lambda cell: 1.0, seconds=100)(cell, seconds_left)
+
+    monkeypatch.setattr(study.time, "monotonic", lambda: 0.0)
+    path = make_study()
+    finish(path, run, deadline=99.0)  # how long one takes is not known before the first
+    assert len(started) == 1 and started[0][1] == 99.0
+    finish(path, run, deadline=99.0)
+    assert len(started) == 1
+    finish(path, run, deadline=101.0)
+    assert len(started) == 8
+
+
+def test_a_process_is_ended_when_its_time_is_over(make_study, monkeypatch, tmp_path):
+    program = tmp_path / "sleeps.py"
+    program.write_text("import time; time.sleep(1000)")
+    monkeypatch.setattr(study, "RECIPE", program)
+    processes = []
+    monkeypatch.setattr(study, "stop", lambda process, stop=study.stop: (processes.append(process), stop(process)))
+    cell = tuning_cells(load_study(make_study()))[0]
+    cell.folder.mkdir(parents=True)
+    run_process(cell, 0.01)
+    assert processes[0].returncode == -signal.SIGTERM and read_cell(cell).state == "missing"
+
+
+def test_two_processes_never_run_the_same_cell(make_study):
+    """Two threads: a lock is between folders' holders, whichever they are."""
+    path, ran, now = make_study(seeds=[0, 1, 2, 3]), [], set()
+
+    def run(cell, seconds_left):
+        assert cell.folder not in now
+        now.add(cell.folder)
+        ran.append(cell.folder)
+        time.sleep(0.02)
+        writes(lambda cell: 1.0)(cell, seconds_left)
+        now.remove(cell.folder)
+
+    threads = [threading.Thread(target=finish, args=(path, run)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cells = {cell.folder for cell in study.all_cells(load_study(path))}
+    assert len(ran) == len(set(ran)) == len(cells) == 4 + 2 * 4
+
+
+def test_an_occupied_cell_is_left_to_its_process(make_study):
+    path = make_study()
+    cells = tuning_cells(load_study(path))
+    holder = occupied(cells[0].folder)
+    ran = []
+
+    def run(cell, seconds_left):
+        ran.append(cell.folder)
+        writes(lambda cell: 1.0)(cell, seconds_left)
+        if len(ran) == 5:  # all but the occupied one and what hangs on it
+            holder.__exit__(None, None, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "SECONDS_TO_WAIT", 0)
+        holder.__enter__()
+        finish(path, run)
+    assert cells[0].folder not in ran[:5] and cells[0].folder in ran[5:] and len(ran) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {**METHODS, "sam": {"setting": "regularizer", "values": [None]}}}, "needs as many values"),
+        ({"methods": {**METHODS, "dip": {"setting": "dip.no", "values": [1, 2]}}}, "Unknown key dip.no"),
+        ({"methods": {"dip": {"setting": "dip.init_noise_std", "values": [0.1, 0.1]}}}, "not all different"),
+        ({"methods": {"dip": {"setting": "training.seed", "values": [1, 2]}}}, "training.seed is set by the study"),
+        ({"methods": {"dip": {"values": [1, 2]}}}, "needs a setting"),
+        ({"methods": {"a/b": METHODS["plain"]}, "reference": "a/b"}, "one of a folder"),
+        ({"methods": {"dip": {**METHODS["plain"], "sets": {}}}}, "did you mean methods.dip.set"),
+        ({"set": {"num_validation_samples": None}}, "needs num_validation_samples"),
+        ({"reference": "sam"}, "the methods are plain, dip"),
+        ({"seeds": [1, 1]}, "seeds must be a list of different seeds"),
+        ({"tuning_seeds": []}, "tuning_seeds must be a list"),
+        ({"margin": 0}, "margin must be positive"),
+        ({"budget": 1}, "Unknown key budget"),
+    ],
+)
+def test_a_study_that_could_not_run_is_refused_before_any_work(make_study, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_study(make_study(**changes))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_repository_studies_load_and_open_with_their_launch_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    loaded = load_study(path.relative_to(ROOT))
+    assert path.read_text().startswith(f"# python recipes/study.py recipes/configs/{path.name} ")
+    assert loaded.output_dir == f"runs/study/{path.stem.removeprefix('study-')}"
+    others = len(loaded.methods) - 1
+    assert smallest_p_value(len(loaded.seeds), others) < 0.01, "a study that could show nothing"
+
+
+def test_a_key_that_is_missing_is_named(tmp_path):
+    (tmp_path / "study.yaml").write_text("base: a\n")
+    with pytest.raises(ValueError, match="lacks margin, methods, output_dir"):
+        load_study(tmp_path / "study.yaml")
+
+
+def test_times_of_the_command_line():
+    assert [seconds_of(text) for text in ("90s", "1.5m", "2h")] == [90, 90, 7200]
+    with pytest.raises(ValueError, match="10"):
+        seconds_of("10")
+
+
+def test_unknown_methods_of_the_command_line_are_refused(make_study):
+    with pytest.raises(ValueError, match="no method of this study; it has plain, dip"):
+        main([str(make_study()), "--only", "sam"])
+
+
+def test_from_the_command_line_a_cell_is_a_process(make_study, capsys):
+    path = make_study(methods={"dip": {"setting": "dip.init_noise_std", "values": [0.1]}}, seeds=[0])
+    run_study(load_study(path), recipe, only=[], deadline=time.monotonic() + 1e-3)  # the first cell alone
+    handler = signal.getsignal(signal.SIGTERM)
+    main([str(path), "--only", "dip", "--budget", "1h"])
+    signal.signal(signal.SIGTERM, handler)
+    (_, final) = study.all_cells(load_study(path))
+    assert read_cell(final).state == "done", (final.folder / "log.txt").read_text()
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{final.folder}: done, ")
