@@ -7,7 +7,18 @@ import pytest
 import torch
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL 1.16 needs Python 3.11")
-from benchmarks import ensemble, gradient_variance, loss, measure, padding, projection, scaling, step, step_profile
+from benchmarks import (
+    ensemble,
+    gradient_variance,
+    loss,
+    measure,
+    padding,
+    projection,
+    regularizers,
+    scaling,
+    step,
+    step_profile,
+)
 from tests.tiny_models import build, make_batch
 
 # trl 1.16 sets the old name of a setting that transformers 5.23 has renamed.
@@ -17,10 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """The folder of result files, of benchmarks that are tiny and measure memory by counting calls."""
-    for module in (ensemble, step, scaling):
+    for module in (ensemble, regularizers, step, scaling):
         monkeypatch.setattr(module, "VOCAB_SIZE", 64)
         monkeypatch.setattr(module, "NUM_LAYERS", 2, raising=False)
-    for module in (ensemble, step, scaling, loss, projection):
+    for module in (ensemble, regularizers, step, scaling, loss, projection):
         monkeypatch.setattr(module, "memory_in_own_process", lambda script, *case: 2**20 * memory_of_case(case))
     monkeypatch.setattr(loss, "HIDDEN_SIZE", 8)
     monkeypatch.setattr(loss, "NUM_TOKENS", 5)
@@ -90,6 +101,18 @@ def test_step_compares_every_case(results, capsys):
         check_ratio(row, "time_ratio")
         assert row["memory_ratio"] == len(row["side"]) / len(row["peer"])
     assert "S=4 upper half" in capsys.readouterr().out
+
+
+def test_every_regularizer_is_compared_with_plain_fine_tuning(results, capsys):
+    regularizers.main(["--hidden", "64", "--rounds", "2"])
+    rows = read_rows(results, "regularizers")
+    of_full = [name for name, method in regularizers.METHODS.items() if not method.needs_lora]
+    expected = {"lora": ["dip", *regularizers.METHODS], "full": ["dip", *of_full]}
+    assert [(row["weights"], row["method"]) for row in rows] == [(w, name) for w in expected for name in expected[w]]
+    for row in rows:
+        check_ratio(row, "time_ratio")
+        assert row["memory_ratio"] == len(row["method"]) / len("plain")
+    assert "weight_compander" in capsys.readouterr().out
 
 
 def test_a_profile_lists_what_a_step_adds(results, capsys):
