@@ -2,14 +2,12 @@
 
 import json
 from dataclasses import asdict
-from datetime import datetime
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from recipes.study_config import Cell, StudyConfig, final_cells, tuning_cells
 from report.comparison import bootstrap_interval, compare, holm, smallest_p_value, verdict
 from report.provenance import versions
-from report.results import read_results
 
 
 class CellResult(NamedTuple):
@@ -24,19 +22,15 @@ class CellResult(NamedTuple):
 
 def read_cell(cell: Cell) -> CellResult:
     """Read one cell's result file; it counts if its configuration and versions are those that are asked for."""
-    path = cell.run_folder / "results.json"
+    path = cell.result_file
     if not path.is_file():
         return CellResult("missing", "began and did not end" if cell.run_folder.is_dir() else "not run")
-    results = read_results(str(path))
+    results = json.loads(path.read_text(encoding="utf-8"))
     recorded = results["provenance"]
     if differing := _differences(recorded, cell):
         return CellResult("other", f"ran with another {', '.join(differing)}", results=results)
-    started = cell.folder / "started"
-    seconds = None
-    if started.is_file():
-        begin = datetime.fromisoformat(started.read_text(encoding="utf-8"))
-        seconds = (datetime.fromisoformat(recorded["date"]) - begin).total_seconds()
-    return CellResult("done", seconds=seconds, nll=answers(results), results=results)
+    nll = {answer: figures["nll"] for answer, figures in results["answers"].items()}
+    return CellResult("done", seconds=results["seconds"]["cell"], nll=nll, results=results)
 
 
 def _differences(recorded: dict, cell: Cell) -> list[str]:
