@@ -162,9 +162,10 @@ def run_process(cell: Cell, seconds_left: float | None) -> None:
 def run_logged(cell: Cell) -> None:
     """Run a cell with all that it prints in its `log.txt`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
+    log = os.open(cell.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(log, descriptor)
+        setattr(sys, stream, os.fdopen(descriptor, "w", buffering=1, closefd=False))
     study_cell.run_cell(cell)
 
 

@@ -2,60 +2,66 @@
 
 import json
 from dataclasses import asdict
-from statistics import mean, stdev
+from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from recipes.study_config import Cell, StudyConfig, final_cells, tuning_cells
-from report.comparison import bootstrap_interval, compare, holm, smallest_p_value, verdict
-from report.provenance import versions
+from report.results import read_results
+from report.study_families import compare_reference
+from report.study_rows import (
+    PLAIN,
+    answer_curves,
+    ensemble_nll,
+    figures,
+    generated,
+    noise_by_site,
+    num_passes,
+    spreads,
+    token_log_probs,
+    validation_curve,
+)
+
+ENSEMBLE_SIZE = 4  # beside the number of samples of the methods that have them
 
 
 class CellResult(NamedTuple):
     """What is known of one cell."""
 
-    state: str  # "done", "missing", or "other": it ran, with another configuration or other versions
+    state: str  # "done", "missing", or "other": it ran, with another configuration
     why: str = ""  # of a cell that does not count
-    seconds: float | None = None  # from its last start to its end, with what starting costs
-    nll: dict[str, float] = {}  # by answer: "last step", "best epoch", "mean of k"
+    seconds: float | None = None  # all of it, with what starting costs
+    nll: dict[str, float] = {}  # by answer: "one pass", "mean of k", "distilled"
     results: dict[str, Any] = {}  # the result file
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """Read one cell's result file; it counts if its configuration and versions are those that are asked for."""
+    """Read one cell's result file; it counts if its configuration is the one that is asked for.
+
+    The versions of the libraries may differ, as those of another machine do: the report says where they do.
+    """
     path = cell.result_file
     if not path.is_file():
-        return CellResult("missing", "began and did not end" if cell.run_folder.is_dir() else "not run")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    recorded = results["provenance"]
-    if differing := _differences(recorded, cell):
+        return CellResult("missing", "began and did not end" if cell.folder.is_dir() else "not run")
+    results = read_results(str(path))
+    if differing := _differences(results, cell):
         return CellResult("other", f"ran with another {', '.join(differing)}", results=results)
-    nll = {answer: figures["nll"] for answer, figures in results["answers"].items()}
+    nll = {answer: values["nll"] for answer, values in results["answers"].items()}
     return CellResult("done", seconds=results["seconds"]["cell"], nll=nll, results=results)
 
 
-def _differences(recorded: dict, cell: Cell) -> list[str]:
-    """Name what differs of the configuration, but for the folder, and of the versions."""
-    asked = json.loads(json.dumps(asdict(cell.config())))
-    pairs = [(asked, recorded["config"], "{}"), (asked["training"], recorded["config"]["training"], "training.{}")]
-    pairs.append((versions(), recorded["versions"], "version of {}"))
+def _differences(results: dict, cell: Cell) -> list[str]:
+    """Name what differs of the configurations, but for the folders."""
+    pairs = [(asdict(cell.config()), results["provenance"]["config"], "{}")]
+    if cell.is_distilled and "distillation" in results:
+        pairs.append((asdict(cell.distill_config()), results["distillation"], "distill.{}"))
+    pairs += [(ours["training"], theirs["training"], f"{name}".format("training.{}")) for ours, theirs, name in pairs]
     return [
         name.format(key)
-        for ours, theirs, name in pairs
+        for ours, theirs, name in [(json.loads(json.dumps(ours)), theirs, name) for ours, theirs, name in pairs]
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in ("training", "output_dir")
+        if ours.get(key) != theirs.get(key) and key not in ("training", "output_dir", "teacher")
     ]
-
-
-def answers(results: dict) -> dict[str, float]:
-    """Collect the NLL of each way in which a run answers."""
-    nll = {"last step": results["metrics"]["eval_nll"]}
-    if results["best_checkpoint"]:
-        nll["best epoch"] = results["best_checkpoint"]["metrics"]["eval_nll"]
-    if results["ensemble_scores"]:
-        evaluation = results["provenance"]["config"]["evaluation"]
-        task = next(name for name, path in evaluation["tasks"].items() if path is None)
-        nll[f"mean of {evaluation['num_samples']}"] = results["ensemble_scores"][task]["eval_nll"]
-    return nll
 
 
 def validation_nll(study: StudyConfig) -> dict[str, dict[str, list[float]]]:
@@ -69,7 +75,10 @@ def validation_nll(study: StudyConfig) -> dict[str, dict[str, list[float]]]:
 
 
 def choose(study: StudyConfig) -> dict[str, dict[str, Any]]:
-    """Choose each method's value for each of its answers, by the least mean validation NLL."""
+    """Choose each method's value for each answer that is tuned, by the least mean validation NLL.
+
+    A distilled model has no tuning of its own: it learns from the mean of k with the value chosen for that.
+    """
     return {
         name: {answer: study.methods[name].values[nll.index(min(nll))] for answer, nll in by_answer.items()}
         for name, by_answer in validation_nll(study).items()
@@ -81,60 +90,85 @@ def summarize(study: StudyConfig) -> dict:
     chosen, tuned = choose(study), validation_nll(study)
     cells = tuning_cells(study) + final_cells(study, chosen)
     read = {cell.folder: read_cell(cell) for cell in cells}
-    rows = [
-        _row(study, read, name, answer, value, min(tuned[name][answer]))
-        for name, by_answer in chosen.items()
-        for answer, value in by_answer.items()
-    ]
+    rows = _rows(study, read, chosen, tuned)
+    rows += _deep_ensembles(study, read, rows)
     done = [found for found in read.values() if found.state == "done"]
     return {
         "study": json.loads(json.dumps(asdict(study))),
         "rows": rows,
-        "comparisons": _comparisons(study, rows),
+        "comparisons": compare_reference(rows, study.reference, study.margin),
         "tuning": {name: {"values": study.methods[name].values, "nll": nll} for name, nll in tuned.items()},
         "missing": [_gap(study, cell, read) for cell in cells if read[cell.folder].state != "done"],
         "not_tuned": [name for name in study.methods if name not in tuned],
         "num_cells": {"done": len(done), "all": len(cells)},
         "commits": sorted({_commit(found.results) for found in done}),
-        "hardware": sorted({found.results["provenance"]["hardware"]["cpu"] for found in done}),
-        "versions": versions(),
+        "hardware": sorted({_machine(found.results) for found in done}),
+        "versions": _versions(done),
     }
 
 
-def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any, nll_of_value: float) -> dict:
-    cells = [Cell(study, "final", name, value, seed) for seed in study.seeds]
-    done = [cell for cell in cells if read[cell.folder].state == "done"]
-    nll = {cell.seed: read[cell.folder].nll[answer] for cell in done}
-    row = {"method": name, "answer": answer, "setting": study.methods[name].setting, "value": value}
-    row |= {"validation_nll": nll_of_value, "nll": nll, "num_seeds": len(nll)}
-    row["files"] = [str((cell.run_folder / "results.json").relative_to(study.output_dir)) for cell in done]
-    if nll:
-        row["mean"], row["std"] = mean(nll.values()), stdev(nll.values()) if len(nll) > 1 else None
-        row["low"], row["high"] = bootstrap_interval(list(nll.values()))
-        row["train_seconds"] = mean(_train_seconds(read[cell.folder].results) for cell in done)
+def _rows(study: StudyConfig, read: dict, chosen: dict, tuned: dict) -> list[dict]:
+    rows = []
+    for name, by_answer in chosen.items():
+        rows += [_row(study, read, name, answer, value) for answer, value in by_answer.items()]
+        for row in rows[-len(by_answer) :]:
+            row["validation_nll"] = min(tuned[name][row["answer"]])
+        rows += [
+            row
+            for answer, value in by_answer.items()
+            if num_passes(answer) > 1 and (row := _row(study, read, name, "distilled", value))["num_seeds"]
+        ]
+    plain = next((row for row in rows if row["method"] == PLAIN and row["num_seeds"]), None)
+    for row in rows:
+        if plain and row["num_seeds"]:
+            row["relative_seconds"] = row["train_seconds"] / plain["train_seconds"]
+    return rows
+
+
+def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> dict:
+    """One method with one way of answering, over the seeds that have it."""
+    cells = {str(seed): Cell(study, "final", name, value, seed) for seed in study.seeds}
+    done = {seed: read[cell.folder].results for seed, cell in cells.items() if answer in read[cell.folder].nll}
+    row: dict[str, Any] = {"method": name, "answer": answer, "num_passes": num_passes(answer)}
+    row |= {"setting": study.methods[name].setting, "value": value, "validation_nll": None, "num_seeds": len(done)}
+    row |= {"train_seconds": None, "relative_seconds": None}
+    row["files"] = {seed: str(cells[seed].result_file.relative_to(study.output_dir)) for seed in done}
+    row["figures"] = spreads({seed: figures(result, answer) for seed, result in done.items()})
+    answers = {seed: pair for seed, result in done.items() if (pair := generated(result, answer))}
+    row["right"] = {seed: "".join(map(str, correct)) for seed, (_, correct) in answers.items()}
+    row["curves"] = answer_curves(list(answers.values())) if answers else None
+    row["validation"] = validation_curve(list(done.values()))
+    row["noise"] = noise_by_site(list(done.values()))
+    if done:
+        row["train_seconds"] = mean(_train_seconds(result, answer) for result in done.values())
     return row
 
 
-def _comparisons(study: StudyConfig, rows: list[dict]) -> list[dict]:
-    """Compare the reference with every other method that answers in the same way; Holm's family is one such way."""
-    found = []
-    for ours in (row for row in rows if row["method"] == study.reference):
-        others = [row for row in rows if row["answer"] == ours["answer"] and row is not ours]
-        pairs = [(row, [seed for seed in ours["nll"] if seed in row["nll"]]) for row in others]
-        pairs = [(row, seeds) for row, seeds in pairs if seeds]
-        compared = [compare([ours["nll"][s] for s in seeds], [row["nll"][s] for s in seeds]) for row, seeds in pairs]
-        adjusted = holm([comparison.p_value for comparison in compared])
-        for (row, _), comparison, p_value in zip(pairs, compared, adjusted, strict=True):
-            found.append(
-                {
-                    "answer": ours["answer"],
-                    "method": row["method"],
-                    **comparison._asdict(),
-                    "holm_p_value": p_value,
-                    "smallest_p_value": smallest_p_value(comparison.num_pairs, len(pairs)),
-                    "verdict": verdict(comparison, p_value, study.margin),
-                }
-            )
+def _deep_ensembles(study: StudyConfig, read: dict, rows: list[dict]) -> list[dict]:
+    """Join the plain runs of disjoint groups of seeds, where all the seeds of a row have their tokens' file.
+
+    Of their calibration nothing can be said: the files have the target's probability and not the others'.
+    """
+    plain = next((row for row in rows if row["method"] == PLAIN and row["answer"] == "one pass"), None)
+    if plain is None:
+        return []
+    members, found = {}, []
+    for seed, file in plain["files"].items():
+        path = Path(study.output_dir, file)
+        log_probs = token_log_probs(read[path.parent].results, path.with_name("tokens.safetensors"), "one pass")
+        if log_probs is not None:
+            members[seed] = log_probs
+    for size in sorted({ENSEMBLE_SIZE} | {row["num_passes"] for row in rows if row["num_passes"] > 1}):
+        seeds = list(members)
+        groups = [seeds[first : first + size] for first in range(0, len(seeds) - size + 1, size)]
+        nll = {"+".join(group): {"nll": ensemble_nll([members[seed] for seed in group])} for group in groups}
+        row = plain | {"method": f"deep ensemble of {size} ({PLAIN})", "answer": f"mean of {size}", "num_passes": size}
+        row |= {"validation_nll": None, "right": {}, "curves": None, "validation": [], "noise": None}
+        row |= {"figures": spreads(nll), "num_seeds": size * len(groups), "is_deep_ensemble": True}
+        row["files"] = {seed: plain["files"][seed] for group in groups for seed in group}
+        for cost in ("train_seconds", "relative_seconds"):
+            row[cost] = plain[cost] and size * plain[cost]
+        found.append(row)
     return found
 
 
@@ -147,5 +181,19 @@ def _commit(results: dict) -> str:
     return "unknown" if git is None else git["commit"] + (" with changes" if git["dirty"] else "")
 
 
-def _train_seconds(results: dict) -> float:
-    return next(entry["train_runtime"] for entry in results["log_history"] if "train_runtime" in entry)
+def _versions(done: list[CellResult]) -> dict[str, list[str]]:
+    """The versions of each library in the cells, which is more than one where cells were run on several machines."""
+    found: dict[str, set[str]] = {}
+    for cell in done:
+        for name, version in cell.results["provenance"]["versions"].items():
+            found.setdefault(name, set()).add(str(version))
+    return {name: sorted(of_library) for name, of_library in found.items()}
+
+
+def _machine(results: dict) -> str:
+    hardware = results["provenance"]["hardware"]
+    return hardware.get("gpu") or hardware["cpu"]
+
+
+def _train_seconds(results: dict, answer: str) -> float:
+    return results["seconds"]["training"] + (results["seconds"]["distillation"] if answer == "distilled" else 0.0)

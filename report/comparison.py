@@ -51,16 +51,18 @@ def signed_rank(differences: np.ndarray) -> float:
     return float(wilcoxon(differences).pvalue) if len(differences) else 1.0
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Give the two-sided p-value of McNemar's exact test: the items that one method alone has right, as coin tosses.
+def mcnemar(first: Sequence[int], second: Sequence[int]) -> float:
+    """Give the two-sided p-value of McNemar's exact test: the items that one has right more often, as coin tosses.
+
+    Each item is counted once, whatever the number of seeds: answers of several seeds to one item are no new items.
 
     Args:
-        first, second: whether each item was answered right, in the same order of items.
+        first, second: how many seeds answered each item right, in the same order of items; 0 or 1 of one seed.
     """
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    discordant = only_first + only_second
-    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    more_first = sum(a > b for a, b in zip(first, second, strict=True))
+    more_second = sum(b > a for a, b in zip(first, second, strict=True))
+    discordant = more_first + more_second
+    return float(binomtest(more_first, discordant).pvalue) if discordant else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,76 +1,183 @@
-"""The sentences of a study's report, and its gaps: what the figures say and no more."""
+"""The sentences, tables and pictures of a study's report: what the figures say and no more."""
+
+import re
 
 import pytest
 
-from report.study_page import format_markdown, gaps, sentences, write_html
+from report.study_page import format_markdown, write_html
+from report.study_pictures import PICTURES, draw_overview
+from report.study_text import conditions, gaps, missing_cells, sentences, tables
+
+
+def row(method, answer="one pass", nll=2.0, **changed):
+    """A row of two seeds with every figure."""
+    values = {"values": {"0": nll, "1": nll}, "mean": nll, "std": 0.0, "low": nll - 0.1, "high": nll + 0.1}
+    figures = dict.fromkeys(("nll", "token_ece", "token_brier", "exact_match", "aurc", "svamp nll"), values)
+    bins = [{"confidence": 0.5, "accuracy": 0.4, "count": 3}]
+    made = {"method": method, "answer": answer, "num_passes": 8 if answer == "mean of 8" else 1, "num_seeds": 2}
+    made |= {"setting": "lr", "value": 1, "validation_nll": 2.5, "train_seconds": 3.0, "relative_seconds": 1.5}
+    made |= {"files": {"0": f"{answer[:3]}/0/result.json", "1": "x/1/result.json"}, "figures": figures, "right": {}}
+    made |= {"curves": {"reliability": bins, "risk_coverage": [[0.5, 0.1], [1.0, 0.2]]}}
+    made |= {"validation": [{"step": 1, "nll": 3.0}], "noise": [{"name": "layer", "relative_std": 1.5}]}
+    return made | changed
+
+
+def comparison(method, verdict, figure="nll", answer="one pass", **changed):
+    """The reference against a method."""
+    made = {"answer": answer, "method": method, "other_answer": answer, "figure": figure, "verdict": verdict}
+    made |= {"num_pairs": 12, "difference": -0.5, "low": -0.6, "high": -0.4, "p_value": 0.001}
+    return made | {"holm_p_value": 0.002, "smallest_p_value": 0.001} | changed
 
 
 @pytest.fixture
 def summary():
-    """A study of three methods with one way of answering, as `recipes/study.py` collects it."""
-    row = {"answer": "last step", "setting": "lr", "value": 1, "validation_nll": 2.5, "nll": {0: 2.0}, "num_seeds": 1}
-    row |= {"files": ["x/results.json"], "mean": 2.0, "std": None, "low": 2.0, "high": 2.0, "train_seconds": 3.0}
-    against = {"answer": "last step", "num_pairs": 12, "difference": -0.5, "low": -0.6, "high": -0.4, "p_value": 0.001}
-    against |= {"holm_p_value": 0.002, "smallest_p_value": 0.001}
+    """A study of three methods, as `recipes/study.py` collects it."""
+    methods = ("dip", "sam", "<plain>")
     return {
         "study": {
+            "output_dir": "results/study/tiny",
             "reference": "dip",
             "margin": 0.01,
-            "methods": {name: {"values": [0, 1, 2]} for name in ("dip", "sam", "<plain>")},
+            "methods": {name: {"setting": "lr", "values": [0, 1, 2]} for name in methods},
             "tuning_seeds": [1],
-            "seeds": [0],
+            "seeds": [0, 1],
         },
-        "rows": [{**row, "method": name} for name in ("dip", "sam", "<plain>")],
-        "comparisons": [
-            {**against, "method": "sam", "verdict": "better"},
-            {**against, "method": "<plain>", "verdict": "worse"},
-        ],
-        "missing": [{"cell": "final/sam/seed1", "why": "not run"}],
+        "rows": [*map(row, methods), row("dip", "mean of 8", nll=1.5)],
+        "comparisons": [comparison("sam", "better"), comparison("<plain>", "worse")],
+        "tuning": {name: {"values": [0, 1, 2], "nll": {"one pass": [2.7, 2.5, 2.6]}} for name in methods},
+        "missing": [{"cell": f"final/sam/1/seed{seed}", "why": "not run"} for seed in (1, 2)],
         "not_tuned": [],
         "num_cells": {"done": 3, "all": 4},
         "commits": ["a"],
         "hardware": ["a CPU"],
+        "versions": {"torch": "2"},
     }
 
 
 def test_a_sentence_has_every_verdict(summary):
-    assert sentences(summary) == [
-        "Last step: dip is better than sam; worse than <plain> (p < 0.01 after Holm; 12 seeds)."
+    first, second = sentences(summary)
+    assert (
+        first
+        == "dip, one pass: NLL better than sam; worse than <plain> (12 seeds; training takes 1.5 × plain's time)."
+    )
+    assert second == "dip, mean of 8: not compared with anything yet."
+    summary["comparisons"] = [
+        comparison("sam", "equivalent", num_pairs=11),
+        comparison("sam", "better", other_answer="distilled"),
+        comparison("<plain>", "no difference shown", figure="token_ece", smallest_p_value=0.02),
     ]
-    first, second = summary["comparisons"]
-    first |= {"verdict": "equivalent", "num_pairs": 11}
-    second |= {"verdict": "no difference shown", "smallest_p_value": 0.02}
-    (said,) = sentences(summary)
-    assert "equivalent to sam within 0.01 nats; not shown to differ from <plain>" in said
-    assert "11 to 12 seeds; so few that no difference could be shown, the smallest p is 0.02" in said
+    said = sentences(summary)[0]
+    assert "NLL better than sam (distilled); equivalent to sam within 0.01 nats. token ECE not shown to differ" in said
+    assert "11 to 12 seeds, so few that a difference could not be shown from all: the smallest p is 0.02" in said
+
+
+def test_a_sentence_counts_what_it_cannot_name(summary):
+    summary["comparisons"] = [comparison(f"m{number}", "better") for number in range(5)]
+    assert "NLL better than all 5 others (" in sentences(summary)[0]
+    summary["comparisons"].append(comparison("sam", "worse"))
+    assert "NLL better than 5 of 6 others; worse than sam (" in sentences(summary)[0]
 
 
 def test_without_figures_nothing_is_said(summary, tmp_path):
-    summary["comparisons"] = []
-    assert sentences(summary) == ["Last step: dip has not been compared with anything yet."]
-    summary["rows"], summary["not_tuned"] = [], ["dip"]
-    assert "dip is not tuned yet" in sentences(summary)[0] and "in no table: dip" in " ".join(gaps(summary))
+    summary |= {"rows": [], "comparisons": [], "tuning": {}, "not_tuned": ["dip"]}
+    assert sentences(summary) == ["dip is not tuned yet, so that nothing can be said."]
+    assert "in no table: dip" in " ".join(gaps(summary)) and not tables(summary)
     write_html(summary, tmp_path / "study.html")
-    assert "No figure yet" in (tmp_path / "study.html").read_text()
+    page = (tmp_path / "study.html").read_text()
+    assert "No figure yet" in page and "data:image" not in page
 
 
-def test_a_value_at_the_edge_of_what_was_tried_is_named(summary):
-    assert not [text for text in gaps(summary) if "may lie beyond" in text]
-    summary["rows"][1]["value"] = 2
-    assert "a better one may lie beyond: sam (last step)." in " ".join(gaps(summary))
+@pytest.mark.parametrize(
+    ("values", "value", "is_named"),
+    [
+        ([0, 1, 2], 1, False),
+        ([0, 1, 2], 2, True),
+        ([0, 1, 2], 0, False),  # nothing is below 0
+        ([0.5, 1, 2], 0.5, True),
+        (["auto", 1, 2], "auto", False),
+        (["auto", 1, 2], 1, True),
+    ],
+)
+def test_a_value_at_the_edge_of_what_was_tried_is_named(summary, values, value, is_named):
+    summary["study"]["methods"]["sam"]["values"], summary["rows"][1]["value"] = values, value
+    assert ("a better one may lie beyond: sam (one pass)." in " ".join(gaps(summary))) == is_named
 
 
 def test_gaps_and_mixed_origins_are_said(summary):
-    summary["commits"] = ["a", "b"]
-    summary["hardware"] = ["a CPU", "a GPU"]
+    summary |= {"commits": ["a", "b"], "hardware": ["a CPU", "a GPU"]}
+    summary["rows"].append(
+        row(
+            "deep ensemble of 4 (plain)",
+            "mean of 4",
+            is_deep_ensemble=True,
+            num_seeds=0,
+            figures={},
+            validation_nll=None,
+        )
+    )
     text = format_markdown(summary)
-    for said in ("3 of 4 cells", "come from 2 commits: a, b", "different machines", "final/sam/seed1: not run"):
+    for said in (
+        "3 of 4 cells",
+        "come from 2 commits: a, b",
+        "different machines",
+        "No deep ensemble of 4 (plain)",
+        "final/sam: 2 cells not run",
+    ):
         assert said in text
+    assert missing_cells(summary) == ["final/sam: 2 cells not run"]
+
+
+def test_the_tables_have_every_figure_and_every_comparison(summary):
+    summary["comparisons"].append(
+        comparison("sam", "no difference shown", "aurc", holm_p_value=0.25, smallest_p_value=1)
+    )
+    by_title = {table.title: table for table in tables(summary)}
+    assert list(by_title) == [
+        "Held-out problems",
+        "Generated answers",
+        "Another distribution",
+        "dip, one pass, against the others",
+        "Tuning",
+    ]
+    assert by_title["Another distribution"].header[-2:] == ("svamp nll", "result files")
+    for title in ("Held-out problems", "Generated answers", "Another distribution"):
+        first = by_title[title].rows[0]
+        assert len(by_title[title].rows) == 4 and "2.0000 ± 0.0000 (1.9000 to 2.1000)" in [cell.text for cell in first]
+        assert first[-1].links == (("0", "one/0/result.json"), ("1", "x/1/result.json"))
+    against = by_title["dip, one pass, against the others"]
+    assert against.header == ("other", "its answer", "NLL", "AURC")
+    assert [[cell.text for cell in cells] for cells in against.rows] == [
+        [
+            "sam",
+            "one pass",
+            "-0.5000 (-0.6000 to -0.4000), p = 0.002: better",
+            "-0.5000 (-0.6000 to -0.4000), p = 0.25: no difference shown",
+        ],
+        ["<plain>", "one pass", "-0.5000 (-0.6000 to -0.4000), p = 0.002: worse", "-"],
+    ]
+    assert by_title["Tuning"].rows[0][-1].text == "0: 2.7000, 1: 2.5000, 2: 2.6000"
+
+
+def test_every_picture_is_drawn_where_it_has_data_and_only_there(summary):
+    assert all(draw(summary) is not None for _, _, draw in PICTURES)
+    bare = {"curves": None, "validation": [], "noise": None, "relative_seconds": None}
+    summary["rows"] = [made | bare for made in summary["rows"]]
+    assert [draw(summary) for _, _, draw in PICTURES] == [None] * len(PICTURES)
+    assert len(draw_overview(summary).axes) == 2
 
 
 def test_the_page_is_one_file_and_names_cannot_break_it(summary, tmp_path):
     write_html(summary, tmp_path / "study.html")
     page = (tmp_path / "study.html").read_text()
     assert "&lt;plain&gt;" in page and "<plain>" not in page
-    assert 'src="data:image/png;base64,' in page and "http" not in page
-    assert page.count('<a href="x/results.json">0</a>') == 3
+    assert page.count('src="data:image/png;base64,') == 1 + len(PICTURES) and "http" not in page
+    assert set(re.findall(r'href="([^"]*)"', page)) == {"one/0/result.json", "mea/0/result.json", "x/1/result.json"}
+    assert page.index("dip, one pass: NLL") < page.index("data:image") < page.index("<table>")
+    assert all(text.split("'")[0] in page for text in conditions(summary))
+
+
+def test_markdown_has_the_same_tables(summary):
+    text = format_markdown(summary)
+    for table in tables(summary):
+        assert f"## {table.title}\n" in text and f"| {' | '.join(table.header)} |" in text
+    assert "[0](one/0/result.json) [1](x/1/result.json) |" in text

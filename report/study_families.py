@@ -1,0 +1,70 @@
+"""The comparisons of a study: the reference with every other method that takes as many passes at inference.
+
+One family of Holm's correction is one answer of the reference, by one figure, against all of these.
+"""
+
+from report.comparison import Comparison, compare, holm, mcnemar, smallest_p_value, verdict
+from report.study_rows import HIGHER_IS_BETTER
+
+COMPARED = ("nll", "token_ece", "exact_match", "answer_ece", "aurc")
+
+
+def compare_reference(rows: list[dict], reference: str, margin: float) -> list[dict]:
+    """Compare each answer of the reference with the other methods' answers of equal cost at inference.
+
+    Args:
+        rows (`list[dict]`): of a study's summary.
+        reference (`str`): a method.
+        margin (`float`): nats per token within which an NLL counts as the same. Other figures have no margin, and are
+            never called equivalent.
+
+    Returns:
+        `list[dict]`: in each the reference's `answer`, the other's `method` and `other_answer`, the `figure`, the
+        fields of `Comparison` for reference - other, `problems_p_value` (of right answers), `holm_p_value`,
+        `smallest_p_value` and `verdict` on the reference.
+    """
+    found = []
+    for ours in (row for row in rows if row["method"] == reference):
+        others = [row for row in rows if row["method"] != reference and row["num_passes"] == ours["num_passes"]]
+        for figure in COMPARED:
+            found += _family(ours, others, figure, margin if figure == "nll" else 0.0)
+    return found
+
+
+def _family(ours: dict, others: list[dict], figure: str, margin: float) -> list[dict]:
+    others = [row for row in others if _shared_seeds(ours, row, figure)]
+    entries = [_entry(ours, row, figure) for row in others]
+    for entry, adjusted in zip(entries, holm([entry["p_value"] for entry in entries]), strict=True):
+        entry["holm_p_value"] = adjusted
+        entry["smallest_p_value"] = smallest_p_value(entry["num_pairs"], len(entries))
+        compared = Comparison(*(entry[name] for name in Comparison._fields))
+        if figure in HIGHER_IS_BETTER:
+            compared = compared._replace(difference=-compared.difference, low=-compared.high, high=-compared.low)
+        entry["verdict"] = verdict(compared, adjusted, margin)
+    return entries
+
+
+def _entry(ours: dict, other: dict, figure: str) -> dict:
+    """Compare two rows by one figure, paired by seed.
+
+    That a method has more right answers must hold for other seeds and for other problems. The first is asked by
+    Wilcoxon's test over seeds, the second by McNemar's over problems; pooled answers, problems times seeds, would be
+    taken for independent ones. The p-value is the larger of the two, which is a test of both (Berger 1982).
+    """
+    seeds = _shared_seeds(ours, other, figure)
+    compared = compare(*([row["figures"][figure]["values"][seed] for seed in seeds] for row in (ours, other)))
+    entry = {"answer": ours["answer"], "method": other["method"], "other_answer": other["answer"], "figure": figure}
+    entry |= compared._asdict()
+    if figure == "exact_match":
+        entry["problems_p_value"] = mcnemar(*(_num_right(row, seeds) for row in (ours, other)))
+        entry["p_value"] = max(entry["p_value"], entry["problems_p_value"])
+    return entry
+
+
+def _shared_seeds(ours: dict, other: dict, figure: str) -> list[str]:
+    first, second = (row["figures"].get(figure, {"values": {}})["values"] for row in (ours, other))
+    return [seed for seed in first if seed in second]
+
+
+def _num_right(row: dict, seeds: list[str]) -> list[int]:
+    return [sum(map(int, of_problem)) for of_problem in zip(*(row["right"][seed] for seed in seeds), strict=True)]

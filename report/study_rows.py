@@ -1,0 +1,141 @@
+"""The figures of a study's rows: one method with one way of answering, over the seeds whose cells are done.
+
+A cell's `result` is its `result.json`, an `answer` one entry of `result["answers"]`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from dipnet_hf.uncertainty import reliability_bins, risk_coverage
+from report.comparison import bootstrap_interval
+
+HEADINGS = {
+    "nll": "NLL",
+    "token_ece": "token ECE",
+    "token_brier": "token Brier",
+    "exact_match": "exact match",
+    "answer_ece": "answer ECE",
+    "answer_brier": "answer Brier",
+    "auroc": "AUROC",
+    "aurc": "AURC",
+}
+HIGHER_IS_BETTER = ("exact_match", "auroc")
+PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
+NUM_CURVE_POINTS = 50  # of a risk-coverage curve
+
+
+def num_passes(answer: str) -> int:
+    """Tell how many passes through the model an answer takes: k for "mean of k", one for all others."""
+    return int(answer.removeprefix("mean of ")) if answer.startswith("mean of ") else 1
+
+
+def own_task(result: dict) -> str | None:
+    """Name the task whose problems are those of the held-out NLL; tasks with a file are of other distributions."""
+    tasks = result["provenance"]["config"]["evaluation"]["tasks"]
+    return next((name for name, path in tasks.items() if path is None), None)
+
+
+def figures(result: dict, answer: str) -> dict[str, float]:
+    """Collect one cell's figures by name; those of another distribution's task begin with its name.
+
+    What was not generated, and an AUROC that is not defined, is left out.
+    """
+    values = result["answers"][answer]
+    found = {name: values[name] for name in ("nll", "token_ece", "token_brier")}
+    for task, scores in values["scores"].items():
+        of_task = _scores(scores)
+        if task == own_task(result):
+            found |= of_task
+        else:
+            found |= {f"{task} {name}": score for name, score in of_task.items() if name == "exact_match"}
+            found |= {f"{task} nll": scores["nll"]}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _scores(scores: dict) -> dict[str, float | None]:
+    """Take the task's first filter, such as strict-match."""
+    metric, _, of_filter = next((key for key in scores if key.startswith(("exact_match,", "acc,"))), "").partition(",")
+    if not metric:
+        return {}
+    names = {"exact_match": metric, "answer_ece": "ece", "answer_brier": "brier", "auroc": "auroc", "aurc": "aurc"}
+    return {name: scores.get(f"{theirs},{of_filter}") for name, theirs in names.items()}
+
+
+def generated(result: dict, answer: str) -> tuple[list[float], list[int]] | None:
+    """Give the confidence of each problem's generated answer and whether it is right; None if none was generated."""
+    by_filter = result["answers"][answer]["problems"].get(own_task(result))
+    if not by_filter:
+        return None
+    first = next(iter(by_filter.values()))
+    return first["confidence"], first["correct"]
+
+
+def spread(values: Mapping[str, float]) -> dict:
+    """Summarize one value per seed: mean, sample standard deviation (None of one value) and bootstrap interval."""
+    numbers = list(values.values())
+    low, high = bootstrap_interval(numbers)
+    deviation = stdev(numbers) if len(numbers) > 1 else None
+    return {"values": dict(values), "mean": mean(numbers), "std": deviation, "low": low, "high": high}
+
+
+def spreads(by_seed: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
+    """Summarize `{seed: {figure: value}}` by figure; a figure may lack some seeds."""
+    names = dict.fromkeys(name for values in by_seed.values() for name in values)
+    return {name: spread({seed: v[name] for seed, v in by_seed.items() if name in v}) for name in names}
+
+
+def answer_curves(pooled: Sequence[tuple[list[float], list[int]]]) -> dict:
+    """Compute the reliability diagram and the risk-coverage curve of all seeds' generated answers together.
+
+    Args:
+        pooled: one `(confidence, correct)` per seed, at least one.
+    """
+    confidence = np.concatenate([values for values, _ in pooled])
+    correct = np.concatenate([values for _, values in pooled])
+    coverage, risk = risk_coverage(confidence, correct)
+    chosen = np.unique(np.linspace(0, len(coverage) - 1, NUM_CURVE_POINTS).round().astype(int))
+    return {
+        "reliability": reliability_bins(confidence, correct),
+        "risk_coverage": [[float(coverage[index]), float(risk[index])] for index in chosen],
+    }
+
+
+def validation_curve(results: Sequence[dict]) -> list[dict]:
+    """Average the validation NLL during training over seeds, at the steps that all of them have."""
+    curves = [{entry["step"]: entry["nll"] for entry in result["validation"]} for result in results]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [{"step": step, "nll": mean(curve[step] for curve in curves)} for step in steps]
+
+
+def noise_by_site(results: Sequence[dict]) -> list[dict] | None:
+    """Average each site's learned standard deviation, over that at which it began, over seeds; None without noise."""
+    if not results or any(not result["noise"] for result in results):
+        return None
+    return [
+        {"name": sites[0]["name"], "relative_std": mean(site["std"] / site["init_std"] for site in sites)}
+        for sites in zip(*(result["noise"] for result in results), strict=True)
+    ]
+
+
+def ensemble_nll(members: Sequence[np.ndarray]) -> float:
+    """Compute the NLL of the mean of several models' probabilities, in nats per token.
+
+    Args:
+        members: for each model the log-probabilities of the target tokens, of the same shape.
+    """
+    return float(-(np.logaddexp.reduce(np.stack(members)) - np.log(len(members))).mean())
+
+
+def token_log_probs(result: dict, path: Path, answer: str) -> np.ndarray | None:
+    """Read the targets' log-probabilities beside a result file; None if there are none, or of another run."""
+    if not path.is_file():
+        return None
+    log_probs = load_file(path)[answer][:, 0].astype(np.float64)
+    is_same = len(log_probs) == result["answers"][answer]["num_tokens"]
+    return (
+        log_probs if is_same and np.isclose(-log_probs.mean(), result["answers"][answer]["nll"], rtol=1e-4) else None
+    )

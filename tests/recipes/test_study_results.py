@@ -1,0 +1,180 @@
+"""What a study's result files say: values chosen, rows, comparisons and what is never claimed."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from recipes.study_config import Cell, load_study, tuning_cells
+from recipes.study_results import choose, read_cell, summarize
+from report.provenance import versions
+
+METHODS = {
+    "plain": {"setting": "training.weight_decay", "values": [0.0, 0.5]},
+    "dip": {"setting": "dip.init_noise_std", "values": [0.1, 0.3], "num_samples": 2},
+    "sam": {"set": {"regularizer.name": "sam"}, "setting": "regularizer.rho", "values": [0.1, 0.3]},
+}
+
+
+@pytest.fixture
+def make_study(tmp_path):
+    """Return a function that loads a study without cells."""
+
+    def make(**changed):
+        base = {
+            "model": "m",
+            "dataset": "d",
+            "num_validation_samples": 3,
+            "weights": "full",
+            "training": {"output_dir": "unused", "use_cpu": True},
+            "evaluation": {"tasks": {"gsm8k_local": None, "svamp": "svamp.jsonl"}},
+        }
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+        values = {
+            "base": str(tmp_path / "base.yaml"),
+            "output_dir": str(tmp_path / "study"),
+            "reference": "dip",
+            "margin": 0.01,
+            "tuning_seeds": [100, 101],
+            "seeds": list(range(12)),
+            "methods": METHODS,
+            **changed,
+        }
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        return load_study(tmp_path / "study.yaml")
+
+    return make
+
+
+def answer(nll, correct=None, confidence=None, **changed):
+    """One way of answering, with two problems of one token each or with generated answers too."""
+    scores, problems = {}, {"nll": [nll, nll], "num_tokens": [1, 1]}
+    if correct is not None:
+        confidence = confidence or [0.5] * len(correct)
+        names = ("ece", "brier", "auroc", "aurc")
+        of_filters = {f"{name},{f}": 0.1 for name in names for f in ("strict-match", "flexible-extract")}
+        of_filters |= {"exact_match,strict-match": sum(correct) / len(correct), "exact_match,flexible-extract": 1.0}
+        scores["gsm8k_local"] = {"nll": nll, **of_filters, "auroc,strict-match": None}
+        scores["svamp"] = {"nll": nll + 1, "exact_match,strict-match": 0.25}
+        problems["gsm8k_local"] = {"strict-match": {"correct": correct, "confidence": confidence}}
+    figures = {"nll": nll, "num_tokens": 2, "token_accuracy": 0.5, "token_ece": 0.1, "token_brier": 0.2}
+    return figures | {"scores": scores, "problems": problems} | changed
+
+
+def write_cell(cell, answers, training=10.0, noise=None, validation=()):
+    """Write a result file as `recipes/study.py` does."""
+    recorded = {"config": asdict(cell.config()), "git": None, "hardware": {"cpu": "a CPU"}, "versions": versions()}
+    result = {"answers": answers, "validation": list(validation), "noise": noise, "provenance": recorded}
+    result["seconds"] = {"training": training, "distillation": 5.0, "cell": training + 20}
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "result.json").write_text(json.dumps(result))
+
+
+def tune(study, nll_of=lambda cell, answer: cell.value):
+    """Write all tuning cells; the least value is the best unless told otherwise."""
+    for cell in tuning_cells(study):
+        answers = ["one pass", "mean of 2"][: 1 + bool(study.methods[cell.method].num_samples)]
+        write_cell(cell, {name: answer(nll_of(cell, name)) for name in answers})
+
+
+def final(study, method, answers_of, **fields):
+    """Write the cells of a method's first value, one per seed; `answers_of(seed)` gives their answers."""
+    for seed in study.seeds:
+        write_cell(Cell(study, "final", method, study.methods[method].values[0], seed), answers_of(seed), **fields)
+
+
+def row_of(summary, method, answer="one pass"):
+    (row,) = [row for row in summary["rows"] if (row["method"], row["answer"]) == (method, answer)]
+    return row
+
+
+def test_each_answer_takes_the_value_that_was_best_for_it_over_the_tuning_seeds(make_study):
+    study = make_study()
+
+    def nll_of(cell, name):
+        best = (
+            {"one pass": 0.1, "mean of 2": 0.3}[name] if cell.method == "dip" else study.methods[cell.method].values[0]
+        )
+        misleading = cell.method == "dip" and cell.seed == 100  # one seed alone would choose the other
+        return 2.0 + abs(cell.value - best) * (-0.5 if misleading else 1.0)
+
+    tune(study, nll_of)
+    assert choose(study) == {
+        "plain": {"one pass": 0.0},
+        "dip": {"one pass": 0.1, "mean of 2": 0.3},
+        "sam": {"one pass": 0.1},
+    }
+
+
+def test_a_cell_is_missing_unfinished_other_or_done(make_study):
+    study = make_study()
+    cell = Cell(study, "final", "dip", 0.1, 0)
+    assert read_cell(cell)[:2] == ("missing", "not run")
+    cell.folder.mkdir(parents=True)
+    assert read_cell(cell)[:2] == ("missing", "began and did not end")
+    cell.folder.rmdir()
+    write_cell(cell, {"one pass": answer(2.0)})
+    read = read_cell(cell)
+    assert (read.state, read.seconds, read.nll) == ("done", 30.0, {"one pass": 2.0})
+    changed = cell._replace(study=make_study(set={"max_length": 32}))
+    assert read_cell(changed)[:2] == ("other", "ran with another max_length")
+
+
+def test_a_row_has_the_figures_of_its_seeds_and_their_files(make_study):
+    study = make_study(seeds=[0, 1])
+    tune(study)
+    final(study, "plain", lambda seed: {"one pass": answer(2.0)}, training=10.0)
+    noise = [{"name": "layer", "init_std": 0.1, "std": 0.2}]
+    curve = [{"step": 1, "nll": 3.0}, {"step": 2, "nll": 2.0}]
+    answers = {"one pass": answer(1.0), "mean of 2": answer(1.5), "distilled": answer(1.2)}
+    fields = {"training": 15.0, "noise": noise, "validation": curve}
+    final(study, "dip", lambda seed: answers | {"one pass": answer(1.0 + seed, [1, 0, 1, 1])}, **fields)
+    summary = summarize(study)
+
+    row = row_of(summary, "dip")
+    assert row["figures"]["nll"]["values"] == {"0": 1.0, "1": 2.0} and row["figures"]["nll"]["mean"] == 1.5
+    assert row["figures"]["nll"]["std"] == pytest.approx(0.5**0.5)
+    assert row["figures"]["exact_match"]["mean"] == 0.75 and "auroc" not in row["figures"]
+    assert row["figures"]["svamp nll"]["mean"] == 2.5 and row["figures"]["svamp exact_match"]["mean"] == 0.25
+    assert row["right"] == {"0": "1011", "1": "1011"}
+    assert row["curves"]["reliability"][0]["accuracy"] == 0.75
+    assert row["validation"] == curve and row["noise"] == [{"name": "layer", "relative_std": 2.0}]
+    for seed, file in row["files"].items():
+        assert json.loads(Path(study.output_dir, file).read_text())["answers"]["one pass"]["nll"] == 1.0 + int(seed)
+
+    costs = [
+        (row["answer"], row["num_passes"], row["relative_seconds"]) for row in summary["rows"] if row["num_seeds"]
+    ]
+    assert costs == [("one pass", 1, 1.0), ("one pass", 1, 1.5), ("mean of 2", 2, 1.5), ("distilled", 1, 2.0)]
+    assert row_of(summary, "dip", "distilled")["value"] == row_of(summary, "dip", "mean of 2")["value"]
+    assert row_of(summary, "dip", "distilled")["validation_nll"] is None
+    assert len(summary["missing"]) == 2 and json.loads(json.dumps(summary)) == summary
+
+
+def test_a_deep_ensemble_is_the_mean_of_disjoint_groups_of_plain_runs(make_study):
+    study = make_study(seeds=list(range(9)))
+    tune(study)
+    probabilities = np.random.default_rng(0).uniform(0.1, 0.9, (9, 5))
+
+    def answers_of(seed):
+        return {"one pass": answer(float(-np.log(probabilities[seed]).mean()), num_tokens=5)}
+
+    final(study, "plain", answers_of)
+    assert not [row for row in summarize(study)["rows"] if "deep" in row["method"] and row["num_seeds"]]
+    for seed in study.seeds:
+        tokens = np.stack([np.log(probabilities[seed])] * 3, 1).astype(np.float32)
+        save_file({"one pass": tokens}, Cell(study, "final", "plain", 0.0, seed).folder / "tokens.safetensors")
+    row = row_of(summarize(study), "deep ensemble of 4 (plain)", "mean of 4")
+    expected = [-np.log(probabilities[first : first + 4].mean(0)).mean() for first in (0, 4)]
+    assert list(row["figures"]["nll"]["values"]) == ["0+1+2+3", "4+5+6+7"]
+    assert list(row["figures"]["nll"]["values"].values()) == pytest.approx(expected)
+    assert (row["num_passes"], row["relative_seconds"], sorted(row["files"])) == (4, 4.0, list("01234567"))
+
+    stale = Cell(study, "final", "plain", 0.0, 0).folder / "tokens.safetensors"
+    save_file({"one pass": np.zeros((5, 3), np.float32)}, stale)  # of another run than the result file
+    row = row_of(summarize(study), "deep ensemble of 4 (plain)", "mean of 4")
+    assert list(row["figures"]["nll"]["values"]) == ["1+2+3+4", "5+6+7+8"]
