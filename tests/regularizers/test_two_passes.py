@@ -20,10 +20,12 @@ def method(request):
 
 
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}], ids=str)
-def test_checkpointing_repeats_the_dropout_of_each_pass(method, options):
+@pytest.mark.parametrize("kind", ["layer_dropout", "dip"])
+def test_checkpointing_repeats_the_randomness_of_each_pass(method, kind, options):
     found = []
     for is_checkpointed in (False, True):
-        model, regularizer = build("llama"), method(alpha=10.0, layer_dropout=0.3)
+        model = build("llama") if kind == "layer_dropout" else dip_model(calibration=[make_batch("llama", 16)])
+        regularizer = method(alpha=10.0, layer_dropout=0.3 if kind == "layer_dropout" else 0.0)
         regularizer.attach(model)
         if is_checkpointed:
             checkpointed(model, options)
