@@ -1,7 +1,7 @@
 """Run a study: many methods, each tuned by the same number of trials, over many seeds; and report on what is there.
 
-    python recipes/study.py recipes/configs/study-stories260k.yaml --budget 10m
-    python recipes/study.py recipes/configs/study-stories260k.yaml --report
+    python recipes/study.py recipes/configs/study-stories260k-gsm8k.yaml --budget 10m
+    python recipes/study.py recipes/configs/study-stories260k-gsm8k.yaml --report
 
 First each method's values are tried and scored on validation problems. Then the best value by mean validation NLL, for
 each way of answering, runs with every seed and is scored on the test problems. A cell is one run in a process of its
