@@ -75,6 +75,15 @@ def _train_seconds(run: dict) -> float | None:
     return next((entry["train_runtime"] for entry in run["log_history"] if "train_runtime" in entry), None)
 
 
+def _validation(log_history: list[dict]) -> list[dict[str, float]]:
+    """The evaluations on the way; those after the training are of other problems and answers, and of its last step."""
+    by_step: dict[int, float] = {}
+    for entry in log_history:
+        if "eval_nll" in entry:
+            by_step.setdefault(entry["step"], entry["eval_nll"])
+    return [{"step": step, "nll": nll} for step, nll in by_step.items()]
+
+
 def _noise(row: dict, init_std: float) -> dict[str, Any]:
     return {"name": row["name"], "init_std": init_std, "std": row["mean"]}
 

@@ -93,8 +93,8 @@ def finalists(study: StudyConfig) -> dict[str, dict[str, Any]]:
         return chosen
     if chosen.keys() < study.methods.keys():
         return {name: by_answer for name, by_answer in chosen.items() if name == study.reference}
-    others = sorted(chosen.keys() - {study.reference}, key=lambda name: min(tuned[name][ONE_PASS]))
-    kept = {study.reference, *others[: study.num_finalists]}
+    others = sorted(chosen.keys() - {study.reference, PLAIN}, key=lambda name: min(tuned[name][ONE_PASS]))
+    kept = {study.reference, PLAIN, *others[: study.num_finalists]}
     return {name: by_answer for name, by_answer in chosen.items() if name in kept}
 
 
