@@ -23,7 +23,7 @@ def format_markdown(summary: dict) -> str:
 
 def _markdown_row(cells) -> str:
     texts = (" ".join(f"[{text}]({file})" for text, file in cell.links) or cell.text for cell in cells)
-    return f"| {' | '.join(texts)} |"
+    return f"| {' | '.join(texts)} |".replace("\n", "<br>")
 
 
 def write_html(summary: dict, path: Path) -> None:
@@ -48,7 +48,7 @@ def write_html(summary: dict, path: Path) -> None:
 
 
 def _title(summary: dict) -> str:
-    return f"Study {Path(summary['study']['output_dir']).name}"
+    return f"Study: {Path(summary['study']['output_dir']).name}"
 
 
 def _list(texts: list[str]) -> str:
@@ -87,6 +87,7 @@ body {{ margin: 2em auto; padding: 0 1em; max-width: 75em; font-family: sans-ser
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-size: 0.85em }}
 td, th {{ border-bottom: 1px solid #ccc; padding: 0.3em 0.5em; text-align: left; vertical-align: top }}
+td {{ white-space: pre-line }}
 td.better {{ background: #d9f2d9 }}
 td.worse {{ background: #f8d7d3 }}
 td.equivalent {{ background: #e3ecf8 }}
