@@ -30,7 +30,7 @@ def write_html(summary: dict, path: Path) -> None:
     """Write the report as one HTML file that needs no others but the result files that it links to."""
     page = PAGE.format(
         title=html.escape(_title(summary)),
-        sentences="".join(f"<p><b>{html.escape(text)}</b></p>" for text in sentences(summary)),
+        sentences="".join(map(_sentence, sentences(summary))),
         overview=_picture(draw_overview, "NLL and token ECE by method", summary) or "<p>No figure yet.</p>",
         gaps=_list(gaps(summary)),
         tables="".join(map(_table, tables(summary))),
@@ -49,6 +49,11 @@ def write_html(summary: dict, path: Path) -> None:
 
 def _title(summary: dict) -> str:
     return f"Study: {Path(summary['study']['output_dir']).name}"
+
+
+def _sentence(text: str) -> str:
+    subject, colon, rest = text.partition(":")
+    return f"<p><b>{html.escape(subject + colon)}</b>{html.escape(rest)}</p>"
 
 
 def _list(texts: list[str]) -> str:

@@ -57,7 +57,8 @@ def _sentence(summary: dict, row: dict) -> str:
                 if name in plain and row["method"] != PLAIN
                 else ""
             )
-            parts.append(f"{HEADINGS[name]} {row['figures'][name]['mean']:.4g}{of_plain}, {verdicts}")
+            heading = HEADINGS[name][0].upper() + HEADINGS[name][1:]
+            parts.append(f"{heading} {row['figures'][name]['mean']:.4g}{of_plain}, {verdicts}")
     cost = (
         ""
         if row["relative_seconds"] is None

@@ -65,7 +65,7 @@ def test_a_sentence_has_every_verdict(summary):
         comparison("<plain>", "no difference shown", figure="token_ece", smallest_p_value=0.02),
     ]
     said = sentences(summary)[0]
-    assert "NLL 2, better than sam (distilled); equivalent to sam within 0.01 nats. token ECE 2, not shown to" in said
+    assert "NLL 2, better than sam (distilled); equivalent to sam within 0.01 nats. Token ECE 2, not shown to" in said
     assert "11 to 12 seeds, too few to show every difference: the least possible p is 0.02" in said
 
 
@@ -187,7 +187,7 @@ def test_the_page_is_one_file_and_names_cannot_break_it(summary, tmp_path):
     assert "&lt;plain&gt;" in page and "<plain>" not in page
     assert page.count('src="data:image/png;base64,') == 1 + len(PICTURES) and "http" not in page
     assert set(re.findall(r'href="([^"]*)"', page)) == {"one/0/result.json", "mea/0/result.json", "x/1/result.json"}
-    assert page.index("dip, one pass: NLL") < page.index("data:image") < page.index("<table>")
+    assert page.index("<b>dip, one pass:</b> NLL") < page.index("data:image") < page.index("<table>")
     assert all(text.split("'")[0] in page for text in conditions(summary))
 
 
