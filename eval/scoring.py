@@ -12,6 +12,8 @@ from dipnet_hf.answers import WritingLM
 from eval.calibration import calibration, confidences, metric_of
 from eval.task_files import GSM8K_COLUMNS, check_data_files, resolve_tasks
 
+_CALIBRATION = {"ece": "ece_width", "brier": "brier", "auroc": "auroc", "aurc": "aurc"}  # its figures' names here
+
 
 def score(
     model,
@@ -22,7 +24,7 @@ def score(
     max_new_tokens: int = 256,
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Score a model greedily, in eval mode, by tasks that read one file; afterwards it is in its own mode again.
 
     Args:
@@ -36,8 +38,9 @@ def score(
         system_instruction (`str`, *optional*): put it before the question.
 
     Returns:
-        `dict`: by task, the harness's numbers, such as `exact_match,strict-match` and its standard error, `ece` by
-            filter where it has one, and `n`.
+        `dict`: by task, the harness's numbers, such as `exact_match,strict-match` and its standard error, and `n`; by
+            filter, where right and wrong answers can be told apart, `ece`, `brier`, `auroc` and `aurc`, and the lists
+            `correct` and `confidence` of all problems in their order.
 
     Raises:
         ValueError: there is no such task, it reads a second file, or its file is missing, empty or broken. Raised
@@ -58,7 +61,7 @@ def score(
         )
         scores = {name: _numbers(evaluated, name) for name in evaluated["results"]}
         for name, task in loaded["tasks"].items():
-            scores[name] |= _calibration_errors(lm, task, evaluated["samples"][name])
+            scores[name] |= _calibration(lm, task, evaluated["samples"][name])
     finally:
         model.train(was_training)
     return scores
@@ -155,11 +158,21 @@ def _numbers(evaluated: dict, name: str) -> dict[str, float]:
     }
 
 
-def _calibration_errors(lm: WritingLM, task: Task, samples: list[dict]) -> dict[str, float]:
+def _calibration(lm: WritingLM, task: Task, samples: list[dict]) -> dict[str, Any]:
     metric = metric_of(task)
     if metric is None:
         return {}
     for sample, confidence in zip(samples, confidences(lm, task), strict=True):
         sample["confidence"] = confidence
-    errors = {f"ece,{name}": figures["ece_width"] for name, figures in calibration(samples, metric).items()}
-    return {name: error for name, error in errors.items() if error is not None}
+    by_filter = calibration(samples, metric)
+    numbers: dict[str, Any] = {
+        f"{ours},{name}": figures[theirs]
+        for name, figures in by_filter.items()
+        for ours, theirs in _CALIBRATION.items()
+        if figures.get(theirs) is not None
+    }
+    for name in by_filter:
+        of_filter = sorted((row for row in samples if row["filter"] == name), key=lambda row: row["doc_id"])
+        numbers[f"correct,{name}"] = [int(row[metric]) for row in of_filter]
+        numbers[f"confidence,{name}"] = [row["confidence"] for row in of_filter]
+    return numbers

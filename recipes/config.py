@@ -206,8 +206,6 @@ class FinetuneConfig:
             )
         if self.weights == "frozen" and self.dip is None:
             raise ValueError("weights: frozen with dip: null trains nothing; give a PEFT config or full, or set dip.")
-        if self.evaluation.num_samples is not None and not self.evaluation.tasks:
-            raise ValueError("evaluation.num_samples scores tasks, and evaluation.tasks has none; leave it out.")
         has_samples = self.dip is not None or isinstance(self.make_regularizer(), SampledRegularizer)
         if self.evaluation.num_samples is not None and not has_samples:
             have = ", ".join(name for name, method in METHODS.items() if issubclass(method, SampledRegularizer))

@@ -31,9 +31,9 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 
 from dipnet_hf.architecture import context_length
 from dipnet_hf.batches import supervised
-from dipnet_hf.uncertainty import expected_calibration_error
 from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
 from recipes.data import make_collator, prepare_data
+from recipes.evaluation import figures_of, summarize_tokens
 from recipes.rows import read_json_lines
 from recipes.running import (
     check_can_be_saved,
@@ -364,26 +364,19 @@ def measure(model: torch.nn.Module, loader: DataLoader, compare_samples: list[in
             log_probs = torch.log_softmax(logits_NV.float(), dim=-1)
             total = log_probs if total is None else torch.logaddexp(total, log_probs)
             if k in figures:
-                figures[k].extend(token_figures(total - math.log(k), targets).split(lengths))
+                figures[k].extend(figures_of(total - math.log(k), targets).cpu().split(lengths))
     return figures
-
-
-def token_figures(log_probs_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """The three figures of `measure`, on the CPU."""
-    largest, predicted = log_probs_NV.max(dim=-1)
-    of_target = log_probs_NV.gather(1, targets_N[:, None])[:, 0]
-    return torch.stack([of_target, largest.exp(), (predicted == targets_N).float()], dim=1).cpu()
 
 
 def summarize(figures: list[torch.Tensor], num_problems: int | None) -> dict[str, float]:
     """Average over the tokens of the first problems: NLL in nats, accuracy and calibration of the likeliest token."""
-    log_probs, confidence, correct = torch.cat(figures[:num_problems]).double().unbind(1)
+    found = summarize_tokens(figures[:num_problems])
     return {
-        "nll": -log_probs.mean().item(),
-        "accuracy": correct.mean().item(),
-        "ece": expected_calibration_error(confidence, correct),
+        "nll": found["nll"],
+        "accuracy": found["token_accuracy"],
+        "ece": found["token_ece"],
         "n": len(figures[:num_problems]),
-        "num_tokens": len(log_probs),
+        "num_tokens": found["num_tokens"],
     }
 
 

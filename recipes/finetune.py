@@ -33,9 +33,9 @@ from dipnet_hf.card import read_noise
 from dipnet_hf.regularizers import regularize
 from dipnet_hf.regularizers.samples import SampledRegularizer
 from dipnet_hf.sharding import whole_shape
-from eval.scoring import score
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, make_collator, prepare_data
+from recipes.evaluation import TOKENS_FILE, TokenMetrics, evaluate, save_tokens, score_tasks
 from recipes.examples import print_examples
 from recipes.formats import COLUMNS
 from recipes.packing import PaddingFreeCollator, check_packing, is_padding_free, pack
@@ -101,6 +101,7 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
     model = wrap_model(model, config)
 
     trainer_class = Trainer if config.dip is None else DipTrainer
+    metrics_of_tokens = TokenMetrics()
     trainer = trainer_class(
         model,
         training_args,
@@ -108,8 +109,8 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
         train_dataset=pack(data.train, config.max_length) if config.packing else data.train,
         eval_dataset=data.validation or eval_set,
         processing_class=tokenizer,
-        preprocess_logits_for_metrics=sum_nll,
-        compute_metrics=mean_nll,
+        preprocess_logits_for_metrics=TokenMetrics.reduce,
+        compute_metrics=metrics_of_tokens,
     )
     if (regularizer := config.make_regularizer()) is not None:
         regularize(trainer, regularizer)
@@ -132,15 +133,19 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
     if isinstance(regularizer, SampledRegularizer):
         regularizer.fit(first_batches(trainer, data.train))
     sampler: Any = model if config.dip is not None else regularizer
-    evaluated = evaluate(trainer, eval_set)
+    evaluated, tokens = evaluate(trainer, eval_set), {}
+    if eval_set is not None:
+        tokens["one pass"] = torch.cat(metrics_of_tokens.problems)
     save_model(trainer, output_dir)
-    scores = score_model(trainer, tokenizer, config, data.chat, evaluated, task_sets)
-    ensemble_scores = None
+    scores = score_tasks(trainer, tokenizer, config, data.chat, evaluated, task_sets)
+    ensemble_metrics = ensemble_scores = None
     if config.evaluation.num_samples is not None:
         k = config.evaluation.num_samples
         with sampler.ensemble(k):
-            evaluated_mean = evaluate(trainer, eval_set, num_samples=k)
-            ensemble_scores = score_model(trainer, tokenizer, config, data.chat, evaluated_mean, task_sets, k)
+            ensemble_metrics = evaluate(trainer, eval_set, num_samples=k)
+            if eval_set is not None:
+                tokens[f"mean of {k}"] = torch.cat(metrics_of_tokens.problems)
+            ensemble_scores = score_tasks(trainer, tokenizer, config, data.chat, ensemble_metrics, task_sets, k)
     noise = None if config.dip is None else noise_table(model, output_dir)
     log_history = list(trainer.state.log_history)
     best = score_best_checkpoint(trainer, tokenizer, config, data, task_sets)
@@ -153,12 +158,14 @@ def run(config: FinetuneConfig, dry_run: bool = False) -> None:
     results = {
         "metrics": metrics,
         "scores": scores,
+        "ensemble_metrics": ensemble_metrics,
         "ensemble_scores": ensemble_scores,
         "best_checkpoint": best,
         "log_history": log_history,
         "provenance": provenance(__file__, asdict(config), seed=training_args.seed),
         "noise": noise,
     }
+    save_tokens(output_dir / TOKENS_FILE, tokens)
     write_results(output_dir / "results.json", results)
     print(format_summary(results))
     if any("loss" in entry for entry in log_history):
@@ -241,42 +248,6 @@ def first_batches(trainer: Trainer, rows: Dataset) -> Iterator[dict[str, torch.T
         yield trainer._prepare_inputs(batch)
 
 
-def sum_nll(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    """Sum the negative log-likelihood over each sequence's supervised tokens, and count them.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, 2)`: sum and count. A row at a time, as float32 logits of a batch are large.
-    """
-    sums_B = torch.stack(
-        [
-            torch.nn.functional.cross_entropy(logits_LV[:-1].float(), labels_L[1:], reduction="sum")
-            for logits_LV, labels_L in zip(logits_BLV, labels_BL, strict=True)
-        ]
-    )
-    return torch.stack([sums_B, (labels_BL[:, 1:] != -100).sum(1).float()], dim=1)
-
-
-def mean_nll(prediction) -> dict[str, float]:
-    """Average over all supervised tokens of the held-out set; `eval_loss` is a mean of batch means instead."""
-    total, num_tokens = prediction.predictions.astype("float64").sum(0)
-    return {"nll": total / num_tokens, "num_tokens": int(num_tokens)}
-
-
-def evaluate(trainer: Trainer, heldout, name: str = "eval", num_samples: int = 1) -> dict[str, float]:
-    """Measure the NLL of a held-out set, in eval mode; without one there is nothing to measure.
-
-    In an ensemble a problem is `num_samples` rows of the model, so a batch has so many times fewer problems.
-    """
-    if heldout is None:
-        return {}
-    batch_size = trainer.args.per_device_eval_batch_size
-    trainer.args.per_device_eval_batch_size = max(1, batch_size // num_samples)
-    vars(trainer).pop("_eval_dataloaders", None)  # kept with `dataloader_persistent_workers`, for another batch size
-    metrics = trainer.evaluate(heldout, metric_key_prefix=name)
-    trainer.args.per_device_eval_batch_size = batch_size
-    return {f"eval_{metric}": metrics[f"{name}_{metric}"] for metric in ("nll", "num_tokens")}
-
-
 def check_scoring(trainer: Trainer, config: FinetuneConfig, data: PreparedData) -> None:
     """Refuse a scoring that could not run after the training, or on the way."""
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -322,47 +293,6 @@ def write_inputs(output_dir: Path, config: FinetuneConfig, data: PreparedData) -
         write_whole(output_dir / "data" / "test.jsonl", heldout_lines(data.rows))
 
 
-def score_model(
-    trainer: Trainer,
-    tokenizer,
-    config: FinetuneConfig,
-    chat: Chat | None,
-    evaluated: dict,
-    task_sets: dict[str, Dataset],
-    num_samples: int = 1,
-) -> dict[str, dict[str, float]]:
-    """Score the model on the problems of each task: by the NLL of the answers, and by generation.
-
-    Args:
-        chat (`Chat`, *optional*): ask in the chat template.
-        evaluated (`dict`): the NLL of the dataset's `test` split, for the tasks that read it.
-        task_sets (`dict[str, Dataset]`): the tokenized problems of the other tasks.
-        num_samples (`int`): rows per prompt, in an ensemble.
-
-    Returns:
-        `dict`: by task, its numbers; only the main process generates, the others return the NLL alone.
-    """
-    evaluation = config.evaluation
-    scores = {
-        name: evaluate(trainer, task_sets[name], name) if name in task_sets else evaluated for name in evaluation.tasks
-    }
-    if not evaluation.tasks or not trainer.is_world_process_zero():
-        return scores
-    heldout = str(Path(config.training["output_dir"]) / "data" / "test.jsonl")
-    model: Any = trainer.model
-    generated = score(
-        model.eval(),
-        tokenizer,
-        {name: path or heldout for name, path in evaluation.tasks.items()},
-        limit=evaluation.limit,
-        batch_size=max(1, evaluation.batch_size // num_samples),
-        max_new_tokens=evaluation.max_new_tokens,
-        apply_chat_template=chat is not None,
-        system_instruction=None if chat is None else chat.system_prompt,
-    )
-    return {name: {**scores[name], **generated[name]} for name in scores}
-
-
 def score_best_checkpoint(
     trainer: Trainer, tokenizer, config: FinetuneConfig, data: PreparedData, task_sets: dict[str, Dataset]
 ) -> dict | None:
@@ -381,7 +311,7 @@ def score_best_checkpoint(
         raise ValueError(f"The best checkpoint was {checkpoint}, and there is none: was the run's folder moved?")
     trainer._load_best_model()
     evaluated = evaluate(trainer, data.heldout)
-    scores = score_model(trainer, tokenizer, config, data.chat, evaluated, task_sets)
+    scores = score_tasks(trainer, tokenizer, config, data.chat, evaluated, task_sets)
     return {"step": int(checkpoint.rpartition("-")[2]), "metrics": evaluated, "scores": scores}
 
 

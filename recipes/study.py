@@ -4,27 +4,28 @@
     python recipes/study.py recipes/configs/study-stories260k.yaml --report
 
 First each method's values are tried and scored on validation problems. Then the best value by mean validation NLL, for
-each way of answering, runs with every seed and is scored on the test problems. A cell is one run of
-`recipes/finetune.py` in a process of its own; started again, the study goes on with what is missing, and several
-processes share the cells. `--report` writes `study.json`, `study.md` and `study.html` into the study's folder.
+each way of answering, runs with every seed and is scored on the test problems. A cell is one run in a process of its
+own, `--jobs` of them at a time; started again, the study goes on with what is missing, and the processes of several
+starts share the cells. `--report` writes `study.json`, `study.md` and `study.html` into the study's folder.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import datetime, timezone
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes import study_cell
 from recipes.config import dump_config
 from recipes.study_config import Cell, StudyConfig, final_cells, load_study, tuning_cells
 from recipes.study_results import CellResult, choose, read_cell, summarize
@@ -32,11 +33,13 @@ from report.output_folder import occupied, write_whole
 from report.provenance import versions
 from report.study_page import format_markdown, write_html
 
-RECIPE = Path(__file__).with_name("finetune.py")
 SECONDS_TO_STOP = 10  # what a process has to end by itself
 SECONDS_TO_WAIT = 2  # between looks at what other processes of the study do
 
-Runner = Callable[[Cell, float | None], None]  # runs a cell's configuration, for so many seconds at most
+# A process begins as a copy of this one, which has all imports behind it, and no thread or device of its own yet.
+PROCESSES = multiprocessing.get_context("fork")
+
+Runner = Callable[[Cell, float | None], None]  # runs a cell, for so many seconds at most
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +52,18 @@ def main(arguments: list[str] | None = None) -> None:
         report(study)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a cell's process ends too
-    run_study(study, run_process, args.only, None if args.budget is None else time.monotonic() + args.budget)
+    deadline = None if args.budget is None else time.monotonic() + args.budget
+    work = (study, run_process, args.only, deadline)
+    others = [PROCESSES.Process(target=run_study, args=work) for _ in range(args.jobs - 1)]
+    for process in others:
+        process.start()
+    try:
+        run_study(*work)
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            stop(process)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,6 +71,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, see recipes/configs/study-*.yaml")
     parser.add_argument("--budget", type=seconds_of, metavar="TIME", help="stop after so long, such as 90s, 10m or 2h")
+    parser.add_argument("--jobs", type=int, default=1, metavar="<n>", help="run so many cells at a time (default 1)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run the cells of these methods alone")
     parser.add_argument("--report", action="store_true", help="run nothing; write the report of what is there")
     return parser.parse_args(arguments)
@@ -119,51 +134,50 @@ def run_cell(cell: Cell, run: Runner, seconds_left: float | None) -> None:
     print(f"{cell.folder} ...", flush=True)
     run(cell, seconds_left)
     read = read_cell(cell)
-    if read.state == "done":
-        for checkpoint in cell.run_folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
     ended = f"done, {read.seconds:.0f} s" if read.seconds is not None else f"{read.state}, see log.txt"
     print(f"{cell.folder}: {ended}", flush=True)
 
 
 def prepare(cell: Cell) -> None:
-    """Write what a cell shall run; an unfinished run of another configuration or of other versions is begun anew."""
-    asked = {cell.folder / "config.yaml": dump_config(cell.config()), cell.folder / "versions.json": versions_text()}
-    if any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in asked.items()):
-        shutil.rmtree(cell.run_folder, ignore_errors=True)
-    for path, text in asked.items():
-        write_whole(path, text)
-    write_whole(cell.folder / "started", datetime.now(timezone.utc).isoformat(timespec="seconds"))
-
-
-def versions_text() -> str:
-    """The versions of the libraries here, as JSON."""
-    return json.dumps(versions(), indent=1)
+    """Begin anew an unfinished run of another configuration or of other versions."""
+    asked = {"config": dump_config(cell.config()), "distill": cell.is_distilled and dump_config(cell.distill_config())}
+    text = json.dumps(asked | {"versions": versions()}, indent=1)
+    begun = cell.folder / "begun.json"
+    if not begun.exists() or begun.read_text(encoding="utf-8") != text:
+        for folder in (cell.run_folder, cell.student_folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    write_whole(begun, text)
 
 
 def run_process(cell: Cell, seconds_left: float | None) -> None:
-    """Run the recipe in a process of its own, which is ended when its time is over or this one ends."""
-    with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
-        command = [sys.executable, str(RECIPE), str(cell.folder / "config.yaml")]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            process.wait(seconds_left)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            stop(process)
+    """Run a cell in a process of its own, which is ended when its time is over or this one ends."""
+    process = PROCESSES.Process(target=run_logged, args=(cell,))
+    process.start()
+    try:
+        process.join(seconds_left)
+    finally:
+        stop(process)
 
 
-def stop(process: subprocess.Popen) -> None:
+def run_logged(cell: Cell) -> None:
+    """Run a cell with all that it prints in its `log.txt`."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    log = os.open(cell.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(log, descriptor)
+        setattr(sys, stream, os.fdopen(descriptor, "w", buffering=1, closefd=False))
+    study_cell.run_cell(cell)
+
+
+def stop(process: multiprocessing.process.BaseProcess) -> None:
     """End a process that still runs, and wait for its end."""
-    if process.poll() is not None:
+    if not process.is_alive():
         return
     process.terminate()
-    try:
-        process.wait(SECONDS_TO_STOP)
-    except subprocess.TimeoutExpired:
+    process.join(SECONDS_TO_STOP)
+    if process.is_alive():
         process.kill()
-        process.wait()
+        process.join()
 
 
 def expected_seconds(method: str, cells: list[Cell], read: list[CellResult]) -> float:

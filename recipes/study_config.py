@@ -11,9 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.config import FinetuneConfig, check_keys, field_names, load_config, read_values
+from recipes.config import DistillConfig, FinetuneConfig, check_keys, field_names, load_config, read_values
 
-_OF_THE_STUDY = {"training.output_dir", "training.seed", "heldout_split", "evaluation.num_samples"}
+_OF_THE_STUDY = {
+    "training.output_dir",
+    "training.seed",
+    "training.load_best_model_at_end",
+    "heldout_split",
+    "evaluation.num_samples",
+}
 
 
 @dataclass
@@ -24,7 +30,8 @@ class MethodConfig:
         setting (`str`): the dotted key of a `FinetuneConfig` that is tuned, such as `dip.init_noise_std`.
         values (`list`): what is tried for it; every method of a study has the same number.
         set (`dict`): other keys of the configuration, dotted, that make the method.
-        num_samples (`int`, *optional*): also score the mean of so many noisy passes.
+        num_samples (`int`, *optional*): also score the mean of so many noisy passes, and, of a method with `dip`, the
+            network that is distilled from it.
     """
 
     setting: str
@@ -46,6 +53,9 @@ class StudyConfig:
         seeds (`list[int]`): the chosen values are run with these.
         methods (`dict`): the fields of `MethodConfig` by a method's name.
         set (`dict`): keys of the base that all methods change, dotted.
+        final_set (`dict`): more of them for the runs with the chosen values, such as what costs time to score.
+        distill (`dict`, *optional*): the fields of a `DistillConfig` but for the teacher, and the folder and seed of
+            the training; null distils nothing.
 
     Raises:
         ValueError: a key is unknown, the methods have different numbers of trials, or a cell's configuration is none.
@@ -59,6 +69,8 @@ class StudyConfig:
     seeds: list[int]
     methods: dict[str, MethodConfig]
     set: dict[str, Any] = field(default_factory=dict)
+    final_set: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] | None = None
 
     def __post_init__(self):
         for name in ("tuning_seeds", "seeds"):
@@ -78,10 +90,14 @@ class StudyConfig:
             folders = {_folder_of(value) for value in method.values}
             if len(folders) < len(method.values):
                 raise ValueError(f"The values of {name} are not all different: {method.values}.")
-            if given := sorted(_OF_THE_STUDY & {*self.set, *method.set, method.setting}):
+            if given := sorted(_OF_THE_STUDY & {*self.set, *self.final_set, *method.set, method.setting}):
                 raise ValueError(f"{given[0]} is set by the study for every cell; leave it out.")
         for cell in tuning_cells(self):
             cell.config()
+            final = cell._replace(phase="final")
+            final.config()
+            if final.is_distilled:
+                final.distill_config()
 
 
 class Cell(NamedTuple):
@@ -103,23 +119,50 @@ class Cell(NamedTuple):
         """Where the recipe writes."""
         return self.folder / "run"
 
+    @property
+    def student_folder(self) -> Path:
+        """Where the distillation writes."""
+        return self.folder / "student"
+
+    @property
+    def result_file(self) -> Path:
+        """What remains of a cell; see `recipes.study_cell`."""
+        return self.folder / "result.json"
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the mean of the noisy passes is also distilled into one network."""
+        has_samples = self.config().dip is not None and self.study.methods[self.method].num_samples is not None
+        return self.phase == "final" and self.study.distill is not None and has_samples
+
     def config(self) -> FinetuneConfig:
-        """Build the configuration of the recipe.
+        """Build the configuration of the recipe; every run ends with the weights of its best evaluation.
 
         Raises:
             ValueError: it is not one.
         """
-        method = self.study.methods[self.method]
-        keys = {**self.study.set, **method.set, method.setting: self.value}
+        method, is_final = self.study.methods[self.method], self.phase == "final"
+        keys = {**self.study.set, **(self.study.final_set if is_final else {}), **method.set}
+        keys |= {method.setting: self.value, "evaluation.num_samples": method.num_samples}
         keys |= {"training.output_dir": str(self.run_folder), "training.seed": self.seed}
-        keys |= {"heldout_split": "validation" if self.phase == "tuning" else "test"}
-        keys |= {"evaluation.num_samples": method.num_samples}
+        keys |= {"training.load_best_model_at_end": True, "heldout_split": "test" if is_final else "validation"}
         config = _load_once(self.study.base, tuple(f"{key}={json.dumps(value)}" for key, value in keys.items()))
-        if self.phase == "final":
+        if is_final:
             return config
         # The tasks with a file of their own are more test sets.
         tasks: dict[str, str | None] = {name: p for name, p in config.evaluation.tasks.items() if p is None}
         return replace(config, evaluation=replace(config.evaluation, tasks=tasks))
+
+    def distill_config(self) -> DistillConfig:
+        """Build the configuration of the distillation.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        given = {"heldout_sizes": {"one": 1}, "compare_samples": [1], **(self.study.distill or {})}
+        training = {**given.pop("training", {}), "output_dir": str(self.student_folder), "seed": self.seed}
+        check_keys("distill", given, field_names(DistillConfig) - {"teacher"})
+        return DistillConfig(teacher=str(self.run_folder), training=training, **given)
 
 
 @cache
@@ -158,7 +201,7 @@ def load_study(path: str) -> StudyConfig:
     """
     values = read_values(path, [])
     check_keys("", values, field_names(StudyConfig))
-    if missing := sorted(field_names(StudyConfig) - {"set"} - values.keys()):
+    if missing := sorted(field_names(StudyConfig) - {"set", "final_set", "distill"} - values.keys()):
         raise ValueError(f"{path} lacks {', '.join(missing)}; see recipes/configs/study-stories260k.yaml.")
     if not isinstance(values["methods"], dict):
         raise ValueError(

@@ -7,7 +7,6 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from recipes.study_config import Cell, StudyConfig, final_cells, tuning_cells
-from report.provenance import versions
 from report.results import read_results
 from report.study_families import compare_reference
 from report.study_rows import (
@@ -29,7 +28,7 @@ ENSEMBLE_SIZE = 4  # beside the number of samples of the methods that have them
 class CellResult(NamedTuple):
     """What is known of one cell."""
 
-    state: str  # "done", "missing", or "other": it ran, with another configuration or other versions
+    state: str  # "done", "missing", or "other": it ran, with another configuration
     why: str = ""  # of a cell that does not count
     seconds: float | None = None  # all of it, with what starting costs
     nll: dict[str, float] = {}  # by answer: "one pass", "mean of k", "distilled"
@@ -37,31 +36,31 @@ class CellResult(NamedTuple):
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """Read one cell's result file; it counts if its configuration and versions are those that are asked for."""
-    path = _result_file(cell)
+    """Read one cell's result file; it counts if its configuration is the one that is asked for.
+
+    The versions of the libraries may differ, as those of another machine do: the report says where they do.
+    """
+    path = cell.result_file
     if not path.is_file():
         return CellResult("missing", "began and did not end" if cell.folder.is_dir() else "not run")
     results = read_results(str(path))
-    if differing := _differences(results["provenance"], cell):
+    if differing := _differences(results, cell):
         return CellResult("other", f"ran with another {', '.join(differing)}", results=results)
     nll = {answer: values["nll"] for answer, values in results["answers"].items()}
     return CellResult("done", seconds=results["seconds"]["cell"], nll=nll, results=results)
 
 
-def _result_file(cell: Cell) -> Path:
-    return cell.folder / "result.json"
-
-
-def _differences(recorded: dict, cell: Cell) -> list[str]:
-    """Name what differs of the configuration, but for the folder, and of the versions."""
-    asked = json.loads(json.dumps(asdict(cell.config())))
-    pairs = [(asked, recorded["config"], "{}"), (asked["training"], recorded["config"]["training"], "training.{}")]
-    pairs.append((versions(), recorded["versions"], "version of {}"))
+def _differences(results: dict, cell: Cell) -> list[str]:
+    """Name what differs of the configurations, but for the folders."""
+    pairs = [(asdict(cell.config()), results["provenance"]["config"], "{}")]
+    if cell.is_distilled and "distillation" in results:
+        pairs.append((asdict(cell.distill_config()), results["distillation"], "distill.{}"))
+    pairs += [(ours["training"], theirs["training"], f"{name}".format("training.{}")) for ours, theirs, name in pairs]
     return [
         name.format(key)
-        for ours, theirs, name in pairs
+        for ours, theirs, name in [(json.loads(json.dumps(ours)), theirs, name) for ours, theirs, name in pairs]
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in ("training", "output_dir")
+        if ours.get(key) != theirs.get(key) and key not in ("training", "output_dir", "teacher")
     ]
 
 
@@ -104,7 +103,7 @@ def summarize(study: StudyConfig) -> dict:
         "num_cells": {"done": len(done), "all": len(cells)},
         "commits": sorted({_commit(found.results) for found in done}),
         "hardware": sorted({_machine(found.results) for found in done}),
-        "versions": versions(),
+        "versions": _versions(done),
     }
 
 
@@ -133,7 +132,7 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     row: dict[str, Any] = {"method": name, "answer": answer, "num_passes": num_passes(answer)}
     row |= {"setting": study.methods[name].setting, "value": value, "validation_nll": None, "num_seeds": len(done)}
     row |= {"train_seconds": None, "relative_seconds": None}
-    row["files"] = {seed: str(_result_file(cells[seed]).relative_to(study.output_dir)) for seed in done}
+    row["files"] = {seed: str(cells[seed].result_file.relative_to(study.output_dir)) for seed in done}
     row["figures"] = spreads({seed: figures(result, answer) for seed, result in done.items()})
     answers = {seed: pair for seed, result in done.items() if (pair := generated(result, answer))}
     row["right"] = {seed: "".join(map(str, correct)) for seed, (_, correct) in answers.items()}
@@ -180,6 +179,15 @@ def _gap(study: StudyConfig, cell: Cell, read: dict) -> dict:
 def _commit(results: dict) -> str:
     git = results["provenance"]["git"]
     return "unknown" if git is None else git["commit"] + (" with changes" if git["dirty"] else "")
+
+
+def _versions(done: list[CellResult]) -> dict[str, list[str]]:
+    """The versions of each library in the cells, which is more than one where cells were run on several machines."""
+    found: dict[str, set[str]] = {}
+    for cell in done:
+        for name, version in cell.results["provenance"]["versions"].items():
+            found.setdefault(name, set()).add(str(version))
+    return {name: sorted(of_library) for name, of_library in found.items()}
 
 
 def _machine(results: dict) -> str:

@@ -41,7 +41,9 @@ def write_html(summary: dict, path: Path) -> None:
         ),
         conditions=_list(conditions(summary)),
         missing=_list(missing_cells(summary) or ["Nothing."]),
-        versions=html.escape(", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
+        versions=html.escape(
+            ", ".join(f"{name} {' and '.join(found)}" for name, found in summary["versions"].items())
+        ),
         origin=html.escape(f"Commits {', '.join(summary['commits'])}; {', '.join(summary['hardware'])}."),
     )
     path.write_text(page, encoding="utf-8")

@@ -28,8 +28,9 @@ def draw_overview(summary: dict) -> Any:
         for number, kind in enumerate(kinds):
             shown = [row for row in rows if _kind(row) == kind and name in row["figures"]]
             means = [row["figures"][name]["mean"] for row in shown]
-            below = [row["figures"][name]["mean"] - row["figures"][name]["low"] for row in shown]
-            above = [row["figures"][name]["high"] - row["figures"][name]["mean"] for row in shown]
+            # Not below 0, which rounding may give where all seeds have one value.
+            below = [max(0, row["figures"][name]["mean"] - row["figures"][name]["low"]) for row in shown]
+            above = [max(0, row["figures"][name]["high"] - row["figures"][name]["mean"]) for row in shown]
             offset = 0.5 * ((len(kinds) - 1) / 2 - number) / max(len(kinds), 2)
             places = [methods.index(row["method"]) + offset for row in shown]
             color, marker = STYLES[kind]

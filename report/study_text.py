@@ -134,6 +134,8 @@ def gaps(summary: dict) -> list[str]:
         said.append(
             f"The cells come from different machines, and times do not compare: {', '.join(summary['hardware'])}."
         )
+    if differing := [name for name, versions in summary["versions"].items() if len(versions) > 1]:
+        said.append(f"The cells come from different versions of {', '.join(differing)}.")
     return said
 
 

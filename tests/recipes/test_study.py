@@ -7,13 +7,13 @@ import signal
 import threading
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 import yaml
 
-from recipes import finetune, study, study_results
+from recipes import finetune, study, study_cell
+from recipes.config import dump_config
 from recipes.study import main, report, run_process, run_study, seconds_of
 from recipes.study_config import load_study, tuning_cells
 from recipes.study_results import choose, read_cell, summarize
@@ -35,6 +35,7 @@ def make_study(model_folder, problems_folder, tmp_path):
 
     def make(name="study", **changed):
         training = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True}
+        training |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "nll"}
         base = {
             "model": str(model_folder),
             "dataset": str(problems_folder),
@@ -42,7 +43,7 @@ def make_study(model_folder, problems_folder, tmp_path):
             "num_validation_samples": 3,
             "weights": "full",
             "training": {"output_dir": "unused", "save_steps": 1, **training},
-            "evaluation": {"limit": 1, "max_new_tokens": 1},
+            "evaluation": {"limit": 2, "max_new_tokens": 2},
         }
         (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
         values = {
@@ -53,6 +54,7 @@ def make_study(model_folder, problems_folder, tmp_path):
             "tuning_seeds": [100],
             "seeds": [0, 1],
             "methods": METHODS,
+            "distill": {"num_samples": 2, "training": {"max_steps": 1, "use_cpu": True}},
             **changed,
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -62,31 +64,25 @@ def make_study(model_folder, problems_folder, tmp_path):
 
 
 def recipe(cell, seconds_left):
-    """Run a cell's configuration as its process does."""
-    finetune.main([str(cell.folder / "config.yaml")])
+    """Run a cell as its process does."""
+    study_cell.run_cell(cell)
 
 
-def writes(nll_of, seconds=0):
+def writes(nll_of, seconds=0.0):
     """A runner that trains nothing and writes a result file with `nll_of(cell)` for the NLL."""
 
     def run(cell, seconds_left):
-        now = datetime.now(timezone.utc).timestamp() + seconds
-        recorded = {
-            "date": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"),
-            "config": asdict(cell.config()),
-            "git": None,
-            "hardware": {"cpu": "a CPU"},
-            "versions": versions(),
-        }
-        results = {
-            "metrics": {"eval_nll": nll_of(cell)},
-            "best_checkpoint": None,
-            "ensemble_scores": None,
-            "log_history": [{"train_runtime": 1.0}],
+        recorded = {"config": asdict(cell.config()), "git": None, "hardware": {"cpu": "a CPU"}, "versions": versions()}
+        figures = {"token_accuracy": 0.5, "token_ece": 0.1, "token_brier": 0.2, "num_tokens": 4, "scores": {}}
+        result = {
+            "answers": {"one pass": {"nll": nll_of(cell), **figures, "problems": {"nll": [1.0], "num_tokens": [4]}}},
+            "validation": [{"step": 1, "nll": 1.0}],
+            "num_steps": 2,
+            "seconds": {"training": 1.0, "cell": seconds},
+            "noise": None,
             "provenance": recorded,
         }
-        cell.run_folder.mkdir(exist_ok=True)
-        (cell.run_folder / "results.json").write_text(json.dumps(results))
+        cell.result_file.write_text(json.dumps(result))
 
     return run
 
@@ -97,27 +93,42 @@ def finish(path, run, **arguments):
     return load_study(path)
 
 
-def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_every_seed(make_study, problems_folder):
-    done = finish(make_study(seeds=[0]), recipe)
+def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_every_seed(
+    make_study, problems_folder, monkeypatch
+):
+    scored = []
+
+    def run(cell, seconds_left):
+        monkeypatch.setattr(study_cell.shutil, "rmtree", lambda *_, **__: None)
+        recipe(cell, seconds_left)
+        monkeypatch.undo()
+        scored.append((cell, (cell.run_folder / "data" / "test.jsonl").read_text().splitlines()))
+
+    done = finish(make_study(seeds=[0]), run)
     trained = (problems_folder / "train.jsonl").read_text().splitlines()
-    for cell in study.all_cells(done):
-        scored = (cell.run_folder / "data" / "test.jsonl").read_text().splitlines()
-        assert (set(map(_question, scored)) <= set(map(_question, trained))) == (cell.phase == "tuning")
-        assert len(scored) == (3 if cell.phase == "tuning" else 5)
-        assert not list(cell.run_folder.glob("checkpoint-*"))
+    for cell, lines in scored:
+        assert (set(map(_question, lines)) <= set(map(_question, trained))) == (cell.phase == "tuning")
+        assert len(lines) == (3 if cell.phase == "tuning" else 5)
     chosen = choose(done)
-    assert set(chosen["plain"]) == {"last step"} and set(chosen["dip"]) == {"last step", "mean of 2"}
-    for answer, value in chosen["dip"].items():
+    assert set(chosen["plain"]) == {"one pass"} and set(chosen["dip"]) >= {"one pass", "mean of 2"}
+    for answer in ("one pass", "mean of 2"):
         nll = {cell.value: read_cell(cell).nll[answer] for cell in tuning_cells(done) if cell.method == "dip"}
-        assert value == min(nll, key=nll.get)
+        assert chosen["dip"][answer] == min(nll, key=nll.get)
     summary = summarize(done)
-    assert not summary["missing"] and [row["num_seeds"] for row in summary["rows"]] == [1, 1, 1]
+    assert not summary["missing"]
+    runs = [row for row in summary["rows"] if "is_deep_ensemble" not in row]
+    assert [(row["method"], row["answer"], row["num_seeds"]) for row in runs] == [
+        ("plain", "one pass", 1),
+        ("dip", "one pass", 1),
+        ("dip", "mean of 2", 1),
+        ("dip", "distilled", 1),
+    ]
 
     report(done)
     folder = Path(done.output_dir)
     assert json.loads((folder / "study.json").read_text())["num_cells"] == summary["num_cells"]
     page = (folder / "study.html").read_text()
-    assert "data:image/png;base64," in page and "so few that no difference could be shown" in page
+    assert "data:image/png;base64," in page and "so few that a difference could not be shown" in page
     for row in summary["rows"]:
         assert f"{row['mean']:.4f}" in page and f"{row['mean']:.4f}" in (folder / "study.md").read_text()
         for seed, file in zip(row["nll"], row["files"], strict=True):
@@ -133,35 +144,33 @@ def test_a_killed_cell_counts_for_nothing_and_is_run_again_to_the_same_numbers(m
     path, whole = make_study(**one), finish(make_study("whole", **one), recipe)
 
     def killed(cell, seconds_left):
-        shutil.copytree(
-            whole_of(cell), cell.run_folder, ignore=shutil.ignore_patterns("results.json", "*.lock")
-        )  # all but the last file, and the checkpoints
-
-    def whole_of(cell):
-        return cell._replace(study=whole).run_folder
+        (cell.folder / "config.yaml").write_text(dump_config(cell.config()))
+        finetune.main([str(cell.folder / "config.yaml")])
+        (cell.run_folder / "results.json").unlink()
 
     halves = finish(path, killed)
     assert {read_cell(cell).why for cell in study.all_cells(halves)} == {"began and did not end"}
     assert not choose(halves) and not summarize(halves)["rows"]
-    for cell in tuning_cells(halves):
-        text = (cell.run_folder / "config.yaml").read_text()
-        (cell.run_folder / "config.yaml").write_text(text.replace(str(whole.output_dir), str(halves.output_dir)))
     again = finish(path, recipe)
     for cell in study.all_cells(again):
-        assert read_cell(cell).nll == read_cell(cell._replace(study=whole)).nll
+        found = read_cell(cell)
+        assert found.nll == read_cell(cell._replace(study=whole)).nll
+        assert set(found.nll) == {"one pass", "mean of 2", *(["distilled"] if cell.phase == "final" else [])}
+        assert not cell.run_folder.exists() and not cell.student_folder.exists()
 
 
-def test_a_change_of_configuration_or_versions_never_mixes(make_study, monkeypatch):
+def test_a_change_of_configuration_or_versions_never_mixes_unsaid(make_study, monkeypatch):
     finish(make_study(), writes(lambda cell: 1.0))
     changed = finish(make_study(set={"training.learning_rate": 0.5}), pytest.fail)  # nothing is run over it
     summary = summarize(changed)
     assert not summary["rows"] and summary["not_tuned"] == ["plain", "dip"]
     assert {gap["why"] for gap in summary["missing"]} == {"ran with another training.learning_rate"}
 
-    same = finish(make_study(), pytest.fail)
-    assert len(summarize(same)["rows"]) == 2
-    monkeypatch.setattr(study_results, "versions", lambda: versions() | {"torch": "0.1"})
-    assert {gap["why"] for gap in summarize(same)["missing"]} == {"ran with another version of torch"}
+    monkeypatch.setitem(globals(), "versions", lambda: {"torch": "0.1"})  # as the cells that follow record it
+    more = finish(make_study(seeds=[0, 1, 2]), writes(lambda cell: 1.0))
+    assert len(summarize(more)["versions"]["torch"]) == 2
+    report(more)
+    assert "torch 0.1 and" in (Path(more.output_dir) / "study.html").read_text()
 
 
 def test_an_unfinished_run_of_another_configuration_is_begun_anew(make_study):
@@ -182,8 +191,10 @@ def test_a_method_against_itself_is_the_same_to_the_bit_and_not_told_apart(make_
     done = finish(make_study(methods={"dip": one, "again": one}, seeds=[0]), recipe)
     first, again = (read_cell(cell) for cell in study.all_cells(done) if cell.phase == "final")
     assert first.nll == again.nll and first.results["noise"] == again.results["noise"]
-    for compared in summarize(done)["comparisons"]:
-        assert (compared["difference"], compared["p_value"], compared["verdict"]) == (0, 1, "no difference shown")
+    compared = [row for row in summarize(done)["comparisons"] if row["answer"] == row["other_answer"]]
+    assert compared
+    for row in compared:
+        assert (row["difference"], row["p_value"], row["verdict"]) == (0, 1, "no difference shown")
 
 
 @pytest.mark.parametrize("is_shuffled", [False, True])
@@ -197,7 +208,7 @@ def test_labels_that_say_nothing_tell_no_methods_apart(make_study, tmp_path, pro
 
     changes = {"set": {"dataset": str(shuffled)}} if is_shuffled else {}
     done = finish(make_study(seeds=list(range(10)), **changes), writes(nll_of))
-    (compared,) = summarize(done)["comparisons"]
+    (compared,) = [row for row in summarize(done)["comparisons"] if row["figure"] == "nll"]
     assert compared["verdict"] == ("no difference shown" if is_shuffled else "better")
 
 
@@ -218,16 +229,14 @@ def test_no_cell_starts_that_would_not_end_in_time(make_study, monkeypatch):
     assert len(started) == 8
 
 
-def test_a_process_is_ended_when_its_time_is_over(make_study, monkeypatch, tmp_path):
-    program = tmp_path / "sleeps.py"
-    program.write_text("import time; time.sleep(1000)")
-    monkeypatch.setattr(study, "RECIPE", program)
+def test_a_process_is_ended_when_its_time_is_over(make_study, monkeypatch):
     processes = []
+    monkeypatch.setattr(study_cell, "run_cell", lambda cell: time.sleep(1000))
     monkeypatch.setattr(study, "stop", lambda process, stop=study.stop: (processes.append(process), stop(process)))
     cell = tuning_cells(load_study(make_study()))[0]
     cell.folder.mkdir(parents=True)
     run_process(cell, 0.01)
-    assert processes[0].returncode == -signal.SIGTERM and read_cell(cell).state == "missing"
+    assert processes[0].exitcode == -signal.SIGTERM and read_cell(cell).state == "missing"
 
 
 def test_two_processes_never_run_the_same_cell(make_study):
@@ -286,6 +295,8 @@ def test_an_occupied_cell_is_left_to_its_process(make_study):
         ({"tuning_seeds": []}, "tuning_seeds must be a list"),
         ({"margin": 0}, "margin must be positive"),
         ({"budget": 1}, "Unknown key budget"),
+        ({"distill": {"teacher": "runs/it"}}, "Unknown key distill.teacher"),
+        ({"distill": {"num_samples": 0}}, "num_samples must be"),
     ],
 )
 def test_a_study_that_could_not_run_is_refused_before_any_work(make_study, changes, message):
@@ -324,7 +335,7 @@ def test_from_the_command_line_a_cell_is_a_process(make_study, capsys):
     path = make_study(methods={"dip": {"setting": "dip.init_noise_std", "values": [0.1]}}, seeds=[0])
     run_study(load_study(path), recipe, only=[], deadline=time.monotonic() + 1e-3)  # the first cell alone
     handler = signal.getsignal(signal.SIGTERM)
-    main([str(path), "--only", "dip", "--budget", "1h"])
+    main([str(path), "--only", "dip", "--budget", "1h", "--jobs", "2"])
     signal.signal(signal.SIGTERM, handler)
     (_, final) = study.all_cells(load_study(path))
     assert read_cell(final).state == "done", (final.folder / "log.txt").read_text()
