@@ -222,13 +222,15 @@ def _comparisons(summary: dict, ours: dict) -> Table:
     names = [name for name in COMPARED if any(entry["figure"] == name for entry in compared)]
     others = dict.fromkeys((entry["method"], entry["other_answer"]) for entry in compared)
     by_place = {(entry["method"], entry["other_answer"], entry["figure"]): entry for entry in compared}
+    files = {(row["method"], row["answer"]): _files(row) for row in summary["rows"]}
     rows = [
-        (*map(TextCell, other), *(_comparison(by_place.get((*other, name))) for name in names)) for other in others
+        (*map(TextCell, other), *(_comparison(by_place.get((*other, name))) for name in names), files[other])
+        for other in others
     ]
     return Table(
         f"{ours['method']}, {ours['answer']}, against the others",
         f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is.",
-        ("other", "its answer", *(HEADINGS[name] for name in names)),
+        ("other", "its answer", *(HEADINGS[name] for name in names), "its result files"),
         rows,
     )
 
@@ -245,8 +247,10 @@ def _tuning(summary: dict) -> Table:
     rows = [
         (TextCell(name), TextCell(answer), TextCell(summary["study"]["methods"][name]["setting"]))
         + (TextCell(", ".join(f"{value}: {loss:.4f}" for value, loss in zip(tuned["values"], nll, strict=True))),)
+        + (_files(tuned),)
         for name, tuned in summary["tuning"].items()
         for answer, nll in tuned["nll"].items()
     ]
     explanation = "Mean validation NLL of each value tried; the least is taken."
-    return Table("Tuning", explanation, ("method", "answer", "setting", "validation NLL by value"), rows)
+    header = ("method", "answer", "setting", "validation NLL by value", "result files by value and seed")
+    return Table("Tuning", explanation, header, rows)

@@ -152,6 +152,10 @@ def test_a_row_has_the_figures_of_its_seeds_and_their_files(make_study):
     assert costs == [("one pass", 1, 1.0), ("one pass", 1, 1.5), ("mean of 2", 2, 1.5), ("distilled", 1, 2.0)]
     assert row_of(summary, "dip", "distilled")["value"] == row_of(summary, "dip", "mean of 2")["value"]
     assert row_of(summary, "dip", "distilled")["validation_nll"] is None
+    assert len(summary["tuning"]["dip"]["files"]) == 4
+    for name, file in summary["tuning"]["dip"]["files"].items():
+        read = json.loads(Path(study.output_dir, file).read_text())
+        assert name.startswith(f"{read['answers']['one pass']['nll']}, 10")  # the value, as `tune` writes it
     assert len(summary["missing"]) == 2 and json.loads(json.dumps(summary)) == summary
 
 

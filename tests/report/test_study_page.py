@@ -44,7 +44,10 @@ def summary():
         },
         "rows": [*map(row, methods), row("dip", "mean of 8", nll=1.5)],
         "comparisons": [comparison("sam", "better"), comparison("<plain>", "worse")],
-        "tuning": {name: {"values": [0, 1, 2], "nll": {"one pass": [2.7, 2.5, 2.6]}} for name in methods},
+        "tuning": {
+            name: {"values": [0, 1, 2], "nll": {"one pass": [2.7, 2.5, 2.6]}, "files": {"0, 1": "t/result.json"}}
+            for name in methods
+        },
         "missing": [{"cell": f"final/sam/1/seed{seed}", "why": "not run"} for seed in (1, 2)],
         "not_tuned": [],
         "num_cells": {"done": 3, "all": 4},
@@ -152,8 +155,9 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
         assert len(by_title[title].rows) == 4 and "2.0000 ± 0.0000\n1.9000 to 2.1000" in [cell.text for cell in first]
         assert first[-1].links == (("0", "one/0/result.json"), ("1", "x/1/result.json"))
     against = by_title["dip, one pass, against the others"]
-    assert against.header == ("other", "its answer", "NLL", "AURC")
-    assert [[cell.text for cell in cells] for cells in against.rows] == [
+    assert against.header == ("other", "its answer", "NLL", "AURC", "its result files")
+    assert all(cells[-1].links[1] == ("1", "x/1/result.json") for cells in against.rows)
+    assert [[cell.text for cell in cells[:-1]] for cells in against.rows] == [
         [
             "sam",
             "one pass",
@@ -164,7 +168,7 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
     ]
     costs = [cell.text for cell in by_title["Settings and cost"].rows[-1]]
     assert costs[:-1] == ["dip", "mean of 8", "2 of 2", "lr=1", "2.5000", "3 s", "1.50", "8"]
-    assert by_title["Tuning"].rows[0][-1].text == "0: 2.7000, 1: 2.5000, 2: 2.6000"
+    assert by_title["Tuning"].rows[0][-2].text == "0: 2.7000, 1: 2.5000, 2: 2.6000"
 
 
 def test_a_figure_that_lacks_seeds_says_of_how_many_it_is(summary):
@@ -186,7 +190,8 @@ def test_the_page_is_one_file_and_names_cannot_break_it(summary, tmp_path):
     page = (tmp_path / "study.html").read_text()
     assert "&lt;plain&gt;" in page and "<plain>" not in page
     assert page.count('src="data:image/png;base64,') == 1 + len(PICTURES) and "http" not in page
-    assert set(re.findall(r'href="([^"]*)"', page)) == {"one/0/result.json", "mea/0/result.json", "x/1/result.json"}
+    files = {"one/0/result.json", "mea/0/result.json", "x/1/result.json", "t/result.json"}
+    assert set(re.findall(r'href="([^"]*)"', page)) == files
     assert page.index("<b>dip, one pass:</b> NLL") < page.index("data:image") < page.index("<table>")
     assert all(text.split("'")[0] in page for text in conditions(summary))
 
