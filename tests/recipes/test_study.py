@@ -129,10 +129,11 @@ def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_eve
     assert json.loads((folder / "study.json").read_text())["num_cells"] == summary["num_cells"]
     page = (folder / "study.html").read_text()
     assert "data:image/png;base64," in page and "so few that a difference could not be shown" in page
-    for row in summary["rows"]:
-        assert f"{row['mean']:.4f}" in page and f"{row['mean']:.4f}" in (folder / "study.md").read_text()
-        for seed, file in zip(row["nll"], row["files"], strict=True):
-            assert json.loads((folder / file).read_text())["provenance"]["seed"] == seed and file in page
+    for row in runs:
+        shown = f"{row['figures']['nll']['mean']:.4f}"
+        assert shown in page and shown in (folder / "study.md").read_text()
+        for seed, file in row["files"].items():
+            assert json.loads((folder / file).read_text())["provenance"]["seed"] == int(seed) and file in page
 
 
 def _question(line):
