@@ -52,8 +52,8 @@ def figures(result: dict, answer: str) -> dict[str, float]:
         if task == own_task(result):
             found |= of_task
         else:
-            found |= {f"{task} {name}": score for name, score in of_task.items() if name == "exact_match"}
-            found |= {f"{task} nll": scores["nll"]}
+            found |= {f"{task} {HEADINGS[name]}": score for name, score in of_task.items() if name == "exact_match"}
+            found |= {f"{task} {HEADINGS['nll']}": scores["nll"]}
     return {name: value for name, value in found.items() if value is not None}
 
 

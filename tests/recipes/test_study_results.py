@@ -139,7 +139,7 @@ def test_a_row_has_the_figures_of_its_seeds_and_their_files(make_study):
     assert row["figures"]["nll"]["values"] == {"0": 1.0, "1": 2.0} and row["figures"]["nll"]["mean"] == 1.5
     assert row["figures"]["nll"]["std"] == pytest.approx(0.5**0.5)
     assert row["figures"]["exact_match"]["mean"] == 0.75 and "auroc" not in row["figures"]
-    assert row["figures"]["svamp nll"]["mean"] == 2.5 and row["figures"]["svamp exact_match"]["mean"] == 0.25
+    assert row["figures"]["svamp NLL"]["mean"] == 2.5 and row["figures"]["svamp exact match"]["mean"] == 0.25
     assert row["right"] == {"0": "1011", "1": "1011"}
     assert row["curves"]["reliability"][0]["accuracy"] == 0.75
     assert row["validation"] == curve and row["noise"] == [{"name": "layer", "relative_std": 2.0}]

@@ -12,7 +12,7 @@ from report.study_text import conditions, gaps, missing_cells, sentences, tables
 def row(method, answer="one pass", nll=2.0, **changed):
     """A row of two seeds with every figure."""
     values = {"values": {"0": nll, "1": nll}, "mean": nll, "std": 0.0, "low": nll - 0.1, "high": nll + 0.1}
-    figures = dict.fromkeys(("nll", "token_ece", "token_brier", "exact_match", "aurc", "svamp nll"), values)
+    figures = dict.fromkeys(("nll", "token_ece", "token_brier", "exact_match", "aurc", "svamp NLL"), values)
     bins = [{"confidence": 0.5, "accuracy": 0.4, "count": 3}]
     made = {"method": method, "answer": answer, "num_passes": 8 if answer == "mean of 8" else 1, "num_seeds": 2}
     made |= {"setting": "lr", "value": 1, "validation_nll": 2.5, "train_seconds": 3.0, "relative_seconds": 1.5}
@@ -149,7 +149,7 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
         "Settings and cost",
         "Tuning",
     ]
-    assert by_title["Another distribution"].header[-2:] == ("svamp nll", "result files")
+    assert by_title["Another distribution"].header[-2:] == ("svamp NLL", "result files")
     for title in ("Held-out problems", "Generated answers", "Another distribution"):
         first = by_title[title].rows[0]
         assert len(by_title[title].rows) == 4 and "2.0000 ± 0.0000\n1.9000 to 2.1000" in [cell.text for cell in first]

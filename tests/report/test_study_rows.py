@@ -36,8 +36,8 @@ def test_the_first_filter_is_taken_whatever_the_metric(metric, first):
 def test_a_task_of_another_distribution_has_figures_of_its_own():
     scores = {"nll": 3.0, "exact_match,strict-match": 0.25, "ece,strict-match": 0.9}
     found = figures(result({"svamp": scores}, task=None, svamp="svamp.jsonl"), "one pass")
-    assert found == {"nll": 2.0, "token_ece": 0.1, "token_brier": 0.2, "svamp exact_match": 0.25, "svamp nll": 3.0}
-    assert "svamp exact_match" not in figures(result({"svamp": {"nll": 3.0}}, task=None, svamp="x"), "one pass")
+    assert found == {"nll": 2.0, "token_ece": 0.1, "token_brier": 0.2, "svamp exact match": 0.25, "svamp NLL": 3.0}
+    assert "svamp exact match" not in figures(result({"svamp": {"nll": 3.0}}, task=None, svamp="x"), "one pass")
 
 
 def test_a_figure_is_over_the_seeds_that_have_it():
