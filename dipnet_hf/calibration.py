@@ -3,8 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from .calibration_loss import CalibrationLoss
 from .config import DipConfig
+from .modes import in_eval_mode
 from .projection import DipProjection
 from .scale import ScaleMeter
 from .sharding import whole
@@ -22,19 +22,6 @@ _FIRST_STD = 0.05
 _MAX_TRIALS = 4  # of two passes each
 _CLOSE, _CLOSE_ENOUGH = 0.1, 0.9  # how far from the wanted increase the search ends, and may end at worst
 _HIGH_INCREASE = 1.0  # nats per supervised token, from which a given level is warned of
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def find_std(loss_at: Callable[[float], float], loss: float, increase: float) -> tuple[float, float]:
@@ -116,7 +103,7 @@ def calibrate(
     finds_level = any(not projection.level_is_known for projection in projections)
     before = [projection.noise_state() for projection in projections]
     try:
-        with evaluating(model):
+        with in_eval_mode(model), torch.no_grad():
             meter = ScaleMeter(model, projections)
             with meter.attached():
                 loss = batch_loss.mean(meter.watch(batches), noise=False)
@@ -197,7 +184,7 @@ def noise_sweep(
         raise ValueError(f"The stds of a sweep must be positive and finite, got {list(stds)}.")
     before = [projection.noise_state() for projection in projections]
     try:
-        with evaluating(model):
+        with in_eval_mode(model), torch.no_grad():
             loss = batch_loss.mean(batches, noise=False)
             if loss is None:
                 raise ValueError("noise_sweep measures the loss of the batches, and they hold no supervised token.")

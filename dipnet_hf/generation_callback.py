@@ -3,14 +3,14 @@
 How an answer is told right is the caller's matter; how it is written is this file's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from .architecture import context_length, network_of
+from .modes import in_eval_mode
 
 METRIC = "eval_exact_match"
 
@@ -95,7 +95,8 @@ class GenerationCallback(TrainerCallback):
 
     def _answers(self, prompts: list[list[int]]) -> list[str]:
         batches = [prompts[start : start + self._batch_size] for start in range(0, len(prompts), self._batch_size)]
-        with _eval_mode(self._trainer.model):
+        model: Any = self._trainer.model
+        with in_eval_mode(model):
             return [answer for batch in batches for answer in self._generate(batch)]
 
     @torch.no_grad()
@@ -125,16 +126,6 @@ class GenerationCallback(TrainerCallback):
                 "input_ids"
             ]
         return list(prompt)
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _check(trainer: Trainer, prompts: Sequence, references: Sequence, max_new_tokens: int, batch_size: int) -> None:

@@ -28,7 +28,7 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
 from recipes import study_cell
 from recipes.config import dump_config
 from recipes.study_config import Cell, StudyConfig, final_cells, load_study, tuning_cells
-from recipes.study_results import CellResult, choose, read_cell, summarize
+from recipes.study_results import CellResult, finalists, read_cell, summarize
 from report.output_folder import occupied, write_whole
 from report.provenance import versions
 from report.study_page import format_markdown, write_html
@@ -124,8 +124,8 @@ def run_study(study: StudyConfig, run: Runner, only: list[str], deadline: float 
 
 
 def all_cells(study: StudyConfig) -> list[Cell]:
-    """List the cells in the order in which they run; those of a method's final phase as soon as it is tuned."""
-    return tuning_cells(study) + final_cells(study, choose(study))
+    """List the cells in the order in which they run; those of a method's final phase as soon as it is chosen."""
+    return tuning_cells(study) + final_cells(study, finalists(study))
 
 
 def run_cell(cell: Cell, run: Runner, seconds_left: float | None) -> None:

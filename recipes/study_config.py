@@ -6,7 +6,8 @@ A cell is a configuration of `recipes/finetune.py` in a folder of its own. Nothi
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import fields as fields_of
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,8 @@ class StudyConfig:
         tuning_seeds (`list[int]`): each value of a method is tried with these.
         seeds (`list[int]`): the chosen values are run with these.
         methods (`dict`): the fields of `MethodConfig` by a method's name.
+        num_finalists (`int`, *optional*): only the reference and so many others, those of the least validation NLL in
+            one pass once all are tuned, run with `seeds`; null is all.
         set (`dict`): keys of the base that all methods change, dotted.
         final_set (`dict`): more of them for the runs with the chosen values, such as what costs time to score.
         distill (`dict`, *optional*): the fields of a `DistillConfig` but for the teacher, and the folder and seed of
@@ -68,6 +71,7 @@ class StudyConfig:
     tuning_seeds: list[int]
     seeds: list[int]
     methods: dict[str, MethodConfig]
+    num_finalists: int | None = None
     set: dict[str, Any] = field(default_factory=dict)
     final_set: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] | None = None
@@ -79,6 +83,8 @@ class StudyConfig:
             raise ValueError(f"reference is {self.reference!r}, and the methods are {', '.join(self.methods)}.")
         if not (isinstance(self.margin, (int, float)) and self.margin > 0):
             raise ValueError(f"margin must be positive, got {self.margin!r}.")
+        if self.num_finalists is not None and not (type(self.num_finalists) is int and self.num_finalists > 0):
+            raise ValueError(f"num_finalists must be positive or null, got {self.num_finalists!r}.")
         num_trials = {name: len(method.values) for name, method in self.methods.items()}
         if len(set(num_trials.values())) > 1:
             raise ValueError(f"Every method needs as many values as the others, got {num_trials}.")
@@ -201,8 +207,11 @@ def load_study(path: str) -> StudyConfig:
     """
     values = read_values(path, [])
     check_keys("", values, field_names(StudyConfig))
-    if missing := sorted(field_names(StudyConfig) - {"set", "final_set", "distill"} - values.keys()):
-        raise ValueError(f"{path} lacks {', '.join(missing)}; see recipes/configs/study-stories260k.yaml.")
+    required = {
+        its.name for its in fields_of(StudyConfig) if its.default is MISSING and its.default_factory is MISSING
+    }
+    if missing := sorted(required - values.keys()):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; see recipes/configs/study-stories260k-gsm8k.yaml.")
     if not isinstance(values["methods"], dict):
         raise ValueError(
             f"methods must hold `name: {{setting: ..., values: [...]}}` lines, got {values['methods']!r}."

@@ -22,6 +22,7 @@ from report.study_rows import (
     validation_curve,
 )
 
+ONE_PASS = "one pass"
 ENSEMBLE_SIZE = 4  # beside the number of samples of the methods that have them
 
 
@@ -89,9 +90,21 @@ def choose(study: StudyConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+def finalists(study: StudyConfig) -> dict[str, dict[str, Any]]:
+    """The chosen values of the methods that run with all seeds; which others do is known once all are tuned."""
+    chosen, tuned = choose(study), validation_nll(study)
+    if study.num_finalists is None:
+        return chosen
+    if chosen.keys() < study.methods.keys():
+        return {name: by_answer for name, by_answer in chosen.items() if name == study.reference}
+    others = sorted(chosen.keys() - {study.reference}, key=lambda name: min(tuned[name][ONE_PASS]))
+    kept = {study.reference, *others[: study.num_finalists]}
+    return {name: by_answer for name, by_answer in chosen.items() if name in kept}
+
+
 def summarize(study: StudyConfig) -> dict:
     """Collect every figure of the report, JSON-serializable: rows, comparisons, and what is missing or left out."""
-    chosen, tuned = choose(study), validation_nll(study)
+    chosen, tuned = finalists(study), validation_nll(study)
     cells = tuning_cells(study) + final_cells(study, chosen)
     read = {cell.folder: read_cell(cell) for cell in cells}
     rows = _rows(study, read, chosen, tuned)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, OFTConfig
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -83,6 +83,13 @@ def trained_model(name="llama", weights="lora", **config):
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def lora_model(**settings):
+    """A tiny Llama with LoRA at all of its linear layers, and no noise; its B is not zero."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **settings)
+    return get_peft_model(build("llama"), config)
 
 
 class HasALossOfItsOwn(LlamaForCausalLM):

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..architecture import is_encoder_decoder, network_of, setting, shifts_labels
 from ..batches import num_supervised, supervised
+from ..modes import in_eval_mode
 from ..uncertainty import expected_calibration_error
 
 Batch = Mapping[str, Any]
@@ -36,19 +37,15 @@ def standing_still(model: nn.Module, learning: Iterable[nn.Parameter] = ()) -> I
             f"The attention {attention!r} has no second derivatives: load the model with "
             'attn_implementation="sdpa" or "eager".'
         )
-    modes = {module: module.training for module in model.modules()}
     wants = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = set(learning)
     try:
-        model.eval()
         for parameter in wants:
             parameter.requires_grad_(parameter in chosen)
         # PyTorch's fused kernels can be differentiated once only.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with in_eval_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, wanted in wants.items():
             parameter.requires_grad_(wanted)
 

@@ -20,6 +20,7 @@ from .normality import NormalityNormalization
 from .r_drop import RDrop
 from .regularizer import Batch, Regularizer
 from .sam import SAM
+from .self_distillation import SelfDistillation
 from .spectral import SpectralRegularization
 from .spectral_norm import SpectralNorm
 from .tensor_dropout import TensorDropout
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Regularizer]] = {
     "normality": NormalityNormalization,
     "r_drop": RDrop,
     "sam": SAM,
+    "self_distillation": SelfDistillation,
     "spectral": SpectralRegularization,
     "spectral_norm": SpectralNorm,
     "tensor_dropout": TensorDropout,

@@ -18,7 +18,11 @@ from tests.helpers import losses, read_results
 from tests.recipes.conftest import WEIGHTS, write_problems
 
 # What methods need that have no effect, or none in two steps, as they come.
-SETTINGS = {"r_drop": {"layer_dropout": 0.1}, "l2_sp": {"weight": 1e4}}
+SETTINGS = {
+    "r_drop": {"layer_dropout": 0.1},
+    "self_distillation": {"layer_dropout": 0.1},
+    "l2_sp": {"weight": 1e4},
+}
 LORA_SETTINGS = {"monteclora": {"monteclora_config": {"num_samples": 2, "buffer_size": 1}}}
 
 

@@ -213,6 +213,18 @@ def test_labels_that_say_nothing_tell_no_methods_apart(make_study, tmp_path, pro
     assert compared["verdict"] == ("no difference shown" if is_shuffled else "better")
 
 
+def test_only_the_best_on_validation_problems_run_with_all_seeds(make_study):
+    methods = {name: {"setting": "training.weight_decay", "values": [0.0, 0.5]} for name in ("good", "bad", "best")}
+    nll = {"dip": 3.0, "good": 1.0, "bad": 2.0, "best": 0.0}
+    done = finish(
+        make_study(methods={"dip": METHODS["dip"], **methods}, num_finalists=2), writes(lambda cell: nll[cell.method])
+    )
+    assert {cell.method for cell in study.all_cells(done) if cell.phase == "final"} == {"dip", "good", "best"}
+    summary = summarize(done)
+    assert {row["method"] for row in summary["rows"] if row["num_seeds"]} == {"dip", "good", "best"}
+    assert not summary["missing"] and set(summary["tuning"]) == nll.keys()
+
+
 def test_no_cell_starts_that_would_not_end_in_time(make_study, monkeypatch):
     started = []
 
@@ -295,6 +307,7 @@ def test_an_occupied_cell_is_left_to_its_process(make_study):
         ({"seeds": [1, 1]}, "seeds must be a list of different seeds"),
         ({"tuning_seeds": []}, "tuning_seeds must be a list"),
         ({"margin": 0}, "margin must be positive"),
+        ({"num_finalists": 0}, "num_finalists must be positive"),
         ({"budget": 1}, "Unknown key budget"),
         ({"distill": {"teacher": "runs/it"}}, "Unknown key distill.teacher"),
         ({"distill": {"num_samples": 0}}, "num_samples must be"),
@@ -310,8 +323,8 @@ def test_repository_studies_load_and_open_with_their_launch_command(path, monkey
     monkeypatch.chdir(ROOT)
     loaded = load_study(path.relative_to(ROOT))
     assert path.read_text().startswith(f"# python recipes/study.py recipes/configs/{path.name} ")
-    assert loaded.output_dir == f"runs/study/{path.stem.removeprefix('study-')}"
-    others = len(loaded.methods) - 1
+    assert loaded.output_dir == f"recipes/results/study/{path.stem.removeprefix('study-')}"
+    others = loaded.num_finalists or len(loaded.methods) - 1
     assert smallest_p_value(len(loaded.seeds), others) < 0.01, "a study that could show nothing"
 
 
