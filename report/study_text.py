@@ -120,6 +120,8 @@ def gaps(summary: dict) -> list[str]:
     said = [f"{summary['num_cells']['done']} of {summary['num_cells']['all']} cells known so far are done."]
     if summary["not_tuned"]:
         said.append(f"Not tuned yet, and so in no table: {', '.join(summary['not_tuned'])}.")
+    if not_run := sorted(summary["tuning"].keys() - {row["method"] for row in summary["rows"]}):
+        said.append(f"Tuned, and not run on the test problems, as the best on validation are: {', '.join(not_run)}.")
     if at_edge := [f"{row['method']} ({row['answer']})" for row in summary["rows"] if _is_at_edge(summary, row)]:
         said.append(
             f"The best value is the least or the largest tried, and a better one may lie beyond: {', '.join(at_edge)}."

@@ -112,6 +112,12 @@ def test_a_value_at_the_edge_of_what_was_tried_is_named(summary, values, value, 
     assert ("a better one may lie beyond: sam (one pass)." in " ".join(gaps(summary))) == is_named
 
 
+def test_what_only_the_tuning_has_is_named(summary):
+    assert "not run on the test problems" not in " ".join(gaps(summary))
+    summary["rows"] = [made for made in summary["rows"] if made["method"] != "sam"]
+    assert "not run on the test problems, as the best on validation are: sam." in " ".join(gaps(summary))
+
+
 def test_gaps_and_mixed_origins_are_said(summary):
     summary |= {"commits": ["a", "b"], "hardware": ["a CPU", "a GPU"]}
     summary["rows"].append(
