@@ -53,16 +53,20 @@ def read_cell(cell: Cell) -> CellResult:
 
 def _differences(results: dict, cell: Cell) -> list[str]:
     """Name what differs of the configurations, but for the folders."""
-    pairs = [(asdict(cell.config()), results["provenance"]["config"], "{}")]
+    found = _differing_keys(asdict(cell.config()), results["provenance"]["config"])
     if cell.is_distilled and "distillation" in results:
-        pairs.append((asdict(cell.distill_config()), results["distillation"], "distill.{}"))
-    pairs += [(ours["training"], theirs["training"], f"{name}".format("training.{}")) for ours, theirs, name in pairs]
-    return [
-        name.format(key)
-        for ours, theirs, name in [(json.loads(json.dumps(ours)), theirs, name) for ours, theirs, name in pairs]
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in ("training", "output_dir", "teacher")
-    ]
+        found += _differing_keys(asdict(cell.distill_config()), results["distillation"], "distill.")
+    return found
+
+
+def _differing_keys(asked: dict, recorded: dict, prefix: str = "") -> list[str]:
+    asked, found = json.loads(json.dumps(asked)), []
+    for key in sorted(asked.keys() | recorded.keys()):
+        if key == "training":
+            found += _differing_keys(asked[key], recorded[key], f"{prefix}training.")
+        elif key not in ("output_dir", "teacher") and asked.get(key) != recorded.get(key):
+            found.append(prefix + key)
+    return found
 
 
 def validation_nll(study: StudyConfig) -> dict[str, dict[str, list[float]]]:
@@ -110,7 +114,7 @@ def summarize(study: StudyConfig) -> dict:
         "study": json.loads(json.dumps(asdict(study))),
         "rows": rows,
         "comparisons": compare_reference(rows, study.reference, study.margin),
-        "tuning": {name: {"values": study.methods[name].values, "nll": nll} for name, nll in tuned.items()},
+        "tuning": {name: _tuning(study, name, nll) for name, nll in tuned.items()},
         "missing": [_gap(study, cell, read) for cell in cells if read[cell.folder].state != "done"],
         "not_tuned": [name for name in study.methods if name not in tuned],
         "num_cells": {"done": len(done), "all": len(cells)},
@@ -123,14 +127,13 @@ def summarize(study: StudyConfig) -> dict:
 def _rows(study: StudyConfig, read: dict, chosen: dict, tuned: dict) -> list[dict]:
     rows = []
     for name, by_answer in chosen.items():
-        rows += [_row(study, read, name, answer, value) for answer, value in by_answer.items()]
-        for row in rows[-len(by_answer) :]:
-            row["validation_nll"] = min(tuned[name][row["answer"]])
-        rows += [
-            row
-            for answer, value in by_answer.items()
-            if num_passes(answer) > 1 and (row := _row(study, read, name, "distilled", value))["num_seeds"]
-        ]
+        for answer, value in by_answer.items():
+            row = _row(study, read, name, answer, value)
+            rows.append(row | {"validation_nll": min(tuned[name][answer])})
+        for answer, value in by_answer.items():
+            distilled = _row(study, read, name, "distilled", value)
+            if num_passes(answer) > 1 and distilled["num_seeds"]:
+                rows.append(distilled)
     plain = next((row for row in rows if row["method"] == PLAIN and row["num_seeds"]), None)
     for row in rows:
         if plain and row["num_seeds"]:
@@ -145,7 +148,7 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     row: dict[str, Any] = {"method": name, "answer": answer, "num_passes": num_passes(answer)}
     row |= {"setting": study.methods[name].setting, "value": value, "validation_nll": None, "num_seeds": len(done)}
     row |= {"train_seconds": None, "relative_seconds": None}
-    row["files"] = {seed: str(cells[seed].result_file.relative_to(study.output_dir)) for seed in done}
+    row["files"] = {seed: _relative_file(cells[seed]) for seed in done}
     row["figures"] = spreads({seed: figures(result, answer) for seed, result in done.items()})
     answers = {seed: pair for seed, result in done.items() if (pair := generated(result, answer))}
     row["right"] = {seed: "".join(map(str, correct)) for seed, (_, correct) in answers.items()}
@@ -155,6 +158,18 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     if done:
         row["train_seconds"] = mean(_train_seconds(result, answer) for result in done.values())
     return row
+
+
+def _tuning(study: StudyConfig, name: str, nll: dict[str, list[float]]) -> dict:
+    cells = [
+        Cell(study, "tuning", name, value, seed) for value in study.methods[name].values for seed in study.tuning_seeds
+    ]
+    files = {f"{cell.value}, {cell.seed}": _relative_file(cell) for cell in cells}
+    return {"values": study.methods[name].values, "nll": nll, "files": files}
+
+
+def _relative_file(cell: Cell) -> str:
+    return str(cell.result_file.relative_to(cell.study.output_dir))
 
 
 def _deep_ensembles(study: StudyConfig, read: dict, rows: list[dict]) -> list[dict]:

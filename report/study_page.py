@@ -23,14 +23,14 @@ def format_markdown(summary: dict) -> str:
 
 def _markdown_row(cells) -> str:
     texts = (" ".join(f"[{text}]({file})" for text, file in cell.links) or cell.text for cell in cells)
-    return f"| {' | '.join(texts)} |"
+    return f"| {' | '.join(texts)} |".replace("\n", "<br>")
 
 
 def write_html(summary: dict, path: Path) -> None:
     """Write the report as one HTML file that needs no others but the result files that it links to."""
     page = PAGE.format(
         title=html.escape(_title(summary)),
-        sentences="".join(f"<p><b>{html.escape(text)}</b></p>" for text in sentences(summary)),
+        sentences="".join(map(_sentence, sentences(summary))),
         overview=_picture(draw_overview, "NLL and token ECE by method", summary) or "<p>No figure yet.</p>",
         gaps=_list(gaps(summary)),
         tables="".join(map(_table, tables(summary))),
@@ -50,7 +50,12 @@ def write_html(summary: dict, path: Path) -> None:
 
 
 def _title(summary: dict) -> str:
-    return f"Study {Path(summary['study']['output_dir']).name}"
+    return f"Study: {Path(summary['study']['output_dir']).name}"
+
+
+def _sentence(text: str) -> str:
+    subject, colon, rest = text.partition(":")
+    return f"<p><b>{html.escape(subject + colon)}</b>{html.escape(rest)}</p>"
 
 
 def _list(texts: list[str]) -> str:
@@ -89,6 +94,7 @@ body {{ margin: 2em auto; padding: 0 1em; max-width: 75em; font-family: sans-ser
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-size: 0.85em }}
 td, th {{ border-bottom: 1px solid #ccc; padding: 0.3em 0.5em; text-align: left; vertical-align: top }}
+td {{ white-space: pre-line }}
 td.better {{ background: #d9f2d9 }}
 td.worse {{ background: #f8d7d3 }}
 td.equivalent {{ background: #e3ecf8 }}

@@ -26,6 +26,7 @@ HEADINGS = {
 HIGHER_IS_BETTER = ("exact_match", "auroc")
 PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
 NUM_CURVE_POINTS = 50  # of a risk-coverage curve
+LEAST_COVERAGE = 0.05  # where one begins: before, the risk is that of a few answers
 
 
 def num_passes(answer: str) -> int:
@@ -51,8 +52,8 @@ def figures(result: dict, answer: str) -> dict[str, float]:
         if task == own_task(result):
             found |= of_task
         else:
-            found |= {f"{task} {name}": score for name, score in of_task.items() if name == "exact_match"}
-            found |= {f"{task} nll": scores["nll"]}
+            found |= {f"{task} {HEADINGS[name]}": score for name, score in of_task.items() if name == "exact_match"}
+            found |= {f"{task} {HEADINGS['nll']}": scores["nll"]}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -97,7 +98,8 @@ def answer_curves(pooled: Sequence[tuple[list[float], list[int]]]) -> dict:
     confidence = np.concatenate([values for values, _ in pooled])
     correct = np.concatenate([values for _, values in pooled])
     coverage, risk = risk_coverage(confidence, correct)
-    chosen = np.unique(np.linspace(0, len(coverage) - 1, NUM_CURVE_POINTS).round().astype(int))
+    first = int(np.searchsorted(coverage, LEAST_COVERAGE))
+    chosen = np.unique(np.linspace(first, len(coverage) - 1, NUM_CURVE_POINTS).round().astype(int))
     return {
         "reliability": reliability_bins(confidence, correct),
         "risk_coverage": [[float(coverage[index]), float(risk[index])] for index in chosen],

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from report.comparison import SIGNIFICANCE
 from report.study_families import COMPARED
-from report.study_rows import HEADINGS
+from report.study_rows import HEADINGS, PLAIN
 
 IN_SENTENCES = ("nll", "token_ece", "exact_match")
+FIRST_HEADINGS = ("method", "answer", "seeds")
 MOST_NAMES = 3  # in a sentence
 VERDICTS = {
     "better": "better than {}",
@@ -21,7 +22,7 @@ VERDICTS = {
 class TextCell(NamedTuple):
     """A cell of a table."""
 
-    text: str = "-"
+    text: str = "-"  # may have several lines
     verdict: str = ""  # of a comparison
     links: tuple[tuple[str, str], ...] = ()  # text and file, in place of `text`
 
@@ -37,34 +38,45 @@ class Table(NamedTuple):
 
 def sentences(summary: dict) -> list[str]:
     """Say in one sentence per answer what is shown of the reference; nothing that a test or an interval does not."""
-    reference, said = summary["study"]["reference"], []
-    for row in (row for row in summary["rows"] if row["method"] == reference):
-        compared = [entry for entry in summary["comparisons"] if entry["answer"] == row["answer"]]
-        subject = f"{reference}, {row['answer']}"
-        if not compared:
-            said.append(f"{subject}: not compared with anything yet.")
-            continue
-        parts = [_of_figure(name, compared, summary["study"]["margin"]) for name in IN_SENTENCES]
-        cost = (
-            "" if row["relative_seconds"] is None else f"; training takes {row['relative_seconds']:.2g} × plain's time"
-        )
-        said.append(f"{subject}: {'. '.join(part for part in parts if part)} ({_seeds(compared)}{cost}).")
+    reference = summary["study"]["reference"]
+    said = [_sentence(summary, row) for row in summary["rows"] if row["method"] == reference]
     return said or [f"{reference} is not tuned yet, so that nothing can be said."]
 
 
-def _of_figure(figure: str, compared: list[dict], margin: float) -> str:
+def _sentence(summary: dict, row: dict) -> str:
+    subject = f"{row['method']}, {row['answer']}"
+    compared = [entry for entry in summary["comparisons"] if entry["answer"] == row["answer"]]
+    if not compared:
+        return f"{subject}: not compared with anything yet."
+    plain: dict = next((other["figures"] for other in summary["rows"] if other["method"] == PLAIN), {})
+    parts = []
+    for name in IN_SENTENCES:
+        if verdicts := _verdicts([entry for entry in compared if entry["figure"] == name], summary["study"]["margin"]):
+            of_plain = (
+                f" ({PLAIN} in one pass: {plain[name]['mean']:.4g})"
+                if name in plain and row["method"] != PLAIN
+                else ""
+            )
+            heading = HEADINGS[name][0].upper() + HEADINGS[name][1:]
+            parts.append(f"{heading} {row['figures'][name]['mean']:.4g}{of_plain}, {verdicts}")
+    cost = (
+        ""
+        if row["relative_seconds"] is None
+        else f"; training takes {row['relative_seconds']:.2g} × the time of {PLAIN}"
+    )
+    return f"{subject}: {'. '.join(parts)} ({_seeds(compared)}{cost})."
+
+
+def _verdicts(compared: list[dict], margin: float) -> str:
     by_verdict: dict[str, list[str]] = {}
-    for entry in (entry for entry in compared if entry["figure"] == figure):
-        by_verdict.setdefault(entry["verdict"], []).append(_other(entry))
-    num_others = sum(map(len, by_verdict.values()))
-    if not num_others:
-        return ""
-    said = [
-        text.format(_names(by_verdict[name], num_others), margin=margin)
-        for name, text in VERDICTS.items()
-        if name in by_verdict
-    ]
-    return f"{HEADINGS[figure]} {'; '.join(said)}"
+    for entry in compared:
+        name = entry["method"] + (" (distilled)" if entry["other_answer"] == "distilled" else "")
+        by_verdict.setdefault(entry["verdict"], []).append(name)
+    return "; ".join(
+        text.format(_names(by_verdict[verdict], len(compared)), margin=margin)
+        for verdict, text in VERDICTS.items()
+        if verdict in by_verdict
+    )
 
 
 def _names(others: list[str], num_others: int) -> str:
@@ -74,16 +86,12 @@ def _names(others: list[str], num_others: int) -> str:
     return f"all {num_others} others" if len(others) == num_others else f"{len(others)} of {num_others} others"
 
 
-def _other(entry: dict) -> str:
-    return entry["method"] + (" (distilled)" if entry["other_answer"] == "distilled" else "")
-
-
 def _seeds(compared: list[dict]) -> str:
     numbers = sorted({entry["num_pairs"] for entry in compared})
     text = f"{' to '.join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))} seeds"
     smallest = max(entry["smallest_p_value"] for entry in compared)
     if smallest >= SIGNIFICANCE:
-        text += f", so few that a difference could not be shown from all: the smallest p is {smallest:.2g}"
+        text += f", too few to show every difference: the least possible p is {smallest:.2g}"
     return text
 
 
@@ -112,6 +120,8 @@ def gaps(summary: dict) -> list[str]:
     said = [f"{summary['num_cells']['done']} of {summary['num_cells']['all']} cells known so far are done."]
     if summary["not_tuned"]:
         said.append(f"Not tuned yet, and so in no table: {', '.join(summary['not_tuned'])}.")
+    if not_run := sorted(summary["tuning"].keys() - {row["method"] for row in summary["rows"]}):
+        said.append(f"Tuned, and not run on the test problems, as the best on validation are: {', '.join(not_run)}.")
     if at_edge := [f"{row['method']} ({row['answer']})" for row in summary["rows"] if _is_at_edge(summary, row)]:
         said.append(
             f"The best value is the least or the largest tried, and a better one may lie beyond: {', '.join(at_edge)}."
@@ -153,38 +163,59 @@ def tables(summary: dict) -> list[Table]:
     """Lay out all figures; tables without any are left out."""
     others = [name for row in summary["rows"] for name in row["figures"] if name not in HEADINGS]
     found = [
-        _figures("Held-out problems", "The given answers, scored token by token.", summary, list(HEADINGS)[:3]),
-        _figures("Generated answers", "By the task's first filter.", summary, list(HEADINGS)[3:]),
+        _figures("Held-out problems", "The given answers, token by token.", summary, list(HEADINGS)[:3]),
+        _figures(
+            "Generated answers", "By the task's first filter, such as strict-match.", summary, list(HEADINGS)[3:]
+        ),
         _figures("Another distribution", "Problems of other data sets.", summary, list(dict.fromkeys(others))),
         *(_comparisons(summary, row) for row in summary["rows"] if row["method"] == summary["study"]["reference"]),
+        _costs(summary),
         _tuning(summary),
     ]
     return [table for table in found if table.rows]
 
 
 def _figures(title: str, explanation: str, summary: dict, names: list[str]) -> Table:
+    """Lay out some figures of all rows."""
     names = [name for name in names if any(name in row["figures"] for row in summary["rows"])]
-    header = ("method", "answer", "tuned value", "training", "passes", "seeds", *(HEADINGS.get(n, n) for n in names))
-    rows = [_figures_row(summary, row, names) for row in summary["rows"]] if names else []
-    return Table(title, explanation, (*header, "result files"), rows)
+    rows = [
+        (*_first_cells(summary, row), *(_spread(row, name) for name in names), _files(row))
+        for row in summary["rows"]
+        if any(name in row["figures"] for name in names)
+    ]
+    explanation += " Mean ± standard deviation, and the 99% interval of the mean."
+    return Table(title, explanation, (*FIRST_HEADINGS, *(HEADINGS.get(n, n) for n in names), "result files"), rows)
 
 
-def _figures_row(summary: dict, row: dict, names: list[str]) -> tuple[TextCell, ...]:
-    seconds = "-"
-    if row["train_seconds"] is not None:
-        times = "" if row["relative_seconds"] is None else f" ({row['relative_seconds']:.2f} × plain)"
-        seconds = f"{row['train_seconds']:.0f} s{times}"
-    texts = (row["method"], row["answer"], f"{row['setting']}={row['value']}", seconds, str(row["num_passes"]))
+def _costs(summary: dict) -> Table:
+    """Lay out what each row was tuned to and what it costs."""
+    rows = []
+    for row in summary["rows"]:
+        loss = "-" if row["validation_nll"] is None else f"{row['validation_nll']:.4f}"
+        seconds = "-" if row["train_seconds"] is None else f"{row['train_seconds']:.0f} s"
+        relative = "-" if row["relative_seconds"] is None else f"{row['relative_seconds']:.2f}"
+        texts = (f"{row['setting']}={row['value']}", loss, seconds, relative, str(row["num_passes"]))
+        rows.append((*_first_cells(summary, row), *map(TextCell, texts), _files(row)))
+    header = ("tuned value", "validation NLL", "training", f"over {PLAIN}", "passes at inference", "result files")
+    return Table("Settings and cost", "Training includes distillation.", (*FIRST_HEADINGS, *header), rows)
+
+
+def _first_cells(summary: dict, row: dict) -> tuple[TextCell, ...]:
     seeds = f"{row['num_seeds']} of {len(summary['study']['seeds'])}"
-    values = [_spread(row["figures"].get(name)) for name in names]
-    return (*map(TextCell, (*texts, seeds, *values)), TextCell(links=tuple(row["files"].items())))
+    return TextCell(row["method"]), TextCell(row["answer"]), TextCell(seeds)
 
 
-def _spread(figure: dict | None) -> str:
-    if figure is None:
-        return "-"
+def _files(row: dict) -> TextCell:
+    return TextCell(links=tuple(row["files"].items()))
+
+
+def _spread(row: dict, name: str) -> TextCell:
+    if name not in row["figures"]:
+        return TextCell()
+    figure = row["figures"][name]
     deviation = "" if figure["std"] is None else f" ± {figure['std']:.4f}"
-    return f"{figure['mean']:.4f}{deviation} ({figure['low']:.4f} to {figure['high']:.4f})"
+    number = "" if len(figure["values"]) == row["num_seeds"] else f", n = {len(figure['values'])}"
+    return TextCell(f"{figure['mean']:.4f}{deviation}{number}\n{figure['low']:.4f} to {figure['high']:.4f}")
 
 
 def _comparisons(summary: dict, ours: dict) -> Table:
@@ -193,13 +224,15 @@ def _comparisons(summary: dict, ours: dict) -> Table:
     names = [name for name in COMPARED if any(entry["figure"] == name for entry in compared)]
     others = dict.fromkeys((entry["method"], entry["other_answer"]) for entry in compared)
     by_place = {(entry["method"], entry["other_answer"], entry["figure"]): entry for entry in compared}
+    files = {(row["method"], row["answer"]): _files(row) for row in summary["rows"]}
     rows = [
-        (*map(TextCell, other), *(_comparison(by_place.get((*other, name))) for name in names)) for other in others
+        (*map(TextCell, other), *(_comparison(by_place.get((*other, name))) for name in names), files[other])
+        for other in others
     ]
     return Table(
         f"{ours['method']}, {ours['answer']}, against the others",
         f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is.",
-        ("other", "its answer", *(HEADINGS[name] for name in names)),
+        ("other", "its answer", *(HEADINGS[name] for name in names), "its result files"),
         rows,
     )
 
@@ -207,8 +240,8 @@ def _comparisons(summary: dict, ours: dict) -> Table:
 def _comparison(entry: dict | None) -> TextCell:
     if entry is None:
         return TextCell()
-    interval = f"{entry['difference']:+.4f} ({entry['low']:+.4f} to {entry['high']:+.4f})"
-    return TextCell(f"{interval}, p = {entry['holm_p_value']:.2g}: {entry['verdict']}", entry["verdict"])
+    interval = f"{entry['difference']:+.4f}\n{entry['low']:+.4f} to {entry['high']:+.4f}"
+    return TextCell(f"{interval}\np = {entry['holm_p_value']:.2g}: {entry['verdict']}", entry["verdict"])
 
 
 def _tuning(summary: dict) -> Table:
@@ -216,8 +249,10 @@ def _tuning(summary: dict) -> Table:
     rows = [
         (TextCell(name), TextCell(answer), TextCell(summary["study"]["methods"][name]["setting"]))
         + (TextCell(", ".join(f"{value}: {loss:.4f}" for value, loss in zip(tuned["values"], nll, strict=True))),)
+        + (_files(tuned),)
         for name, tuned in summary["tuning"].items()
         for answer, nll in tuned["nll"].items()
     ]
     explanation = "Mean validation NLL of each value tried; the least is taken."
-    return Table("Tuning", explanation, ("method", "answer", "setting", "validation NLL by value"), rows)
+    header = ("method", "answer", "setting", "validation NLL by value", "result files by value and seed")
+    return Table("Tuning", explanation, header, rows)

@@ -18,7 +18,7 @@ from recipes.study import main, report, run_process, run_study, seconds_of
 from recipes.study_config import load_study, tuning_cells
 from recipes.study_results import choose, read_cell, summarize
 from report.comparison import smallest_p_value
-from report.output_folder import occupied
+from report.output_folder import occupied, write_whole
 from report.provenance import versions
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def writes(nll_of, seconds=0.0):
             "noise": None,
             "provenance": recorded,
         }
-        cell.result_file.write_text(json.dumps(result))
+        write_whole(cell.result_file, json.dumps(result))
 
     return run
 
@@ -128,7 +128,7 @@ def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_eve
     folder = Path(done.output_dir)
     assert json.loads((folder / "study.json").read_text())["num_cells"] == summary["num_cells"]
     page = (folder / "study.html").read_text()
-    assert "data:image/png;base64," in page and "so few that a difference could not be shown" in page
+    assert "data:image/png;base64," in page and "too few to show every difference" in page
     for row in runs:
         shown = f"{row['figures']['nll']['mean']:.4f}"
         assert shown in page and shown in (folder / "study.md").read_text()

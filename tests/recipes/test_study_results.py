@@ -139,7 +139,7 @@ def test_a_row_has_the_figures_of_its_seeds_and_their_files(make_study):
     assert row["figures"]["nll"]["values"] == {"0": 1.0, "1": 2.0} and row["figures"]["nll"]["mean"] == 1.5
     assert row["figures"]["nll"]["std"] == pytest.approx(0.5**0.5)
     assert row["figures"]["exact_match"]["mean"] == 0.75 and "auroc" not in row["figures"]
-    assert row["figures"]["svamp nll"]["mean"] == 2.5 and row["figures"]["svamp exact_match"]["mean"] == 0.25
+    assert row["figures"]["svamp NLL"]["mean"] == 2.5 and row["figures"]["svamp exact match"]["mean"] == 0.25
     assert row["right"] == {"0": "1011", "1": "1011"}
     assert row["curves"]["reliability"][0]["accuracy"] == 0.75
     assert row["validation"] == curve and row["noise"] == [{"name": "layer", "relative_std": 2.0}]
@@ -152,7 +152,39 @@ def test_a_row_has_the_figures_of_its_seeds_and_their_files(make_study):
     assert costs == [("one pass", 1, 1.0), ("one pass", 1, 1.5), ("mean of 2", 2, 1.5), ("distilled", 1, 2.0)]
     assert row_of(summary, "dip", "distilled")["value"] == row_of(summary, "dip", "mean of 2")["value"]
     assert row_of(summary, "dip", "distilled")["validation_nll"] is None
+    assert len(summary["tuning"]["dip"]["files"]) == 4
+    for name, file in summary["tuning"]["dip"]["files"].items():
+        read = json.loads(Path(study.output_dir, file).read_text())
+        assert name.startswith(f"{read['answers']['one pass']['nll']}, 10")  # the value, as `tune` writes it
     assert len(summary["missing"]) == 2 and json.loads(json.dumps(summary)) == summary
+
+
+def test_a_method_against_itself_is_not_told_apart(make_study):
+    """Two names of one method; what a seed does to a run is the same under both."""
+    study = make_study(methods={"dip": METHODS["dip"], "again": METHODS["dip"]})
+    tune(study)
+    draws = np.random.default_rng(0).normal(2.0, 0.3, 12)
+    right = np.random.default_rng(1).integers(2, size=(12, 20)).tolist()
+    names = ("one pass", "mean of 2", "distilled")
+    for method in study.methods:
+        final(study, method, lambda seed: {name: answer(float(draws[seed]), right[seed]) for name in names})
+    compared = summarize(study)["comparisons"]
+    assert len(compared) == 5 * (2 + 1 + 2)
+    for entry in compared:
+        assert (entry["method"], entry["difference"], entry["p_value"]) == ("again", 0, 1)
+        assert entry["verdict"] in ("equivalent", "no difference shown")
+
+
+def test_a_method_is_told_apart_by_its_runs_and_not_by_shuffled_names(make_study):
+    study = make_study(methods={"dip": {**METHODS["dip"], "num_samples": None}, "plain": METHODS["plain"]})
+    tune(study)
+    generator = np.random.default_rng(0)
+    pairs = generator.normal([1.0, 2.0], 0.1, (12, 2))
+    shuffled = generator.permuted(pairs, axis=1)
+    for number, method in enumerate(study.methods):
+        final(study, method, lambda seed: {"one pass": answer(pairs[seed][number], token_ece=shuffled[seed][number])})  # noqa: B023
+    verdicts = {entry["figure"]: entry["verdict"] for entry in summarize(study)["comparisons"]}
+    assert verdicts == {"nll": "better", "token_ece": "no difference shown"}
 
 
 def test_a_deep_ensemble_is_the_mean_of_disjoint_groups_of_plain_runs(make_study):

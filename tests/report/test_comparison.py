@@ -1,7 +1,10 @@
 """Paired statistics against closed forms and published examples."""
 
+from itertools import product
+
 import numpy as np
 import pytest
+from scipy.stats import wilcoxon
 
 from report.comparison import (
     Comparison,
@@ -24,6 +27,21 @@ def test_signed_rank_is_a_sum_over_signs():
     assert signed_rank(np.zeros(12)) == 1
 
 
+def test_signed_rank_of_ties_is_the_share_of_all_signs():
+    sizes, ranks = np.array([1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 4.0]), np.array([1.5, 1.5, 3, 5, 5, 5, 7])
+    signs = np.array(list(product([-1, 1], repeat=7)))
+    sums = ((signs > 0) * ranks).sum(1)
+    for chosen in signs[::9]:
+        smaller = min(ranks[chosen > 0].sum(), ranks[chosen < 0].sum())
+        assert signed_rank(sizes * chosen) == pytest.approx(min(1, 2 * (sums <= smaller).mean()))
+
+
+@pytest.mark.parametrize("num_pairs", [6, 12, 40])
+def test_signed_rank_without_ties_is_scipys(num_pairs):
+    differences = np.random.default_rng(num_pairs).normal(0.5, 1.0, num_pairs)
+    assert signed_rank(differences) == pytest.approx(wilcoxon(differences, method="exact").pvalue)
+
+
 @pytest.mark.parametrize("num_pairs", [5, 10, 12])
 def test_the_smallest_p_value_is_reached_when_all_pairs_agree(num_pairs):
     assert signed_rank(np.arange(1.0, num_pairs + 1)) == pytest.approx(smallest_p_value(num_pairs, 1))
@@ -37,6 +55,11 @@ def test_mcnemar_counts_what_one_alone_has_right():
     assert mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
     assert mcnemar(first, second) == mcnemar(second, first)
     assert mcnemar(first, first) == 1
+
+
+def test_mcnemar_counts_an_item_once_whatever_the_number_of_seeds():
+    first, second = [5, 3, 2, 0, 4], [0, 2, 2, 1, 3]
+    assert mcnemar(first, second) == mcnemar([1, 1, 0, 0, 1], [0, 0, 0, 1, 0])
 
 
 def test_holm_steps_down():

@@ -12,7 +12,7 @@ from report.study_text import conditions, gaps, missing_cells, sentences, tables
 def row(method, answer="one pass", nll=2.0, **changed):
     """A row of two seeds with every figure."""
     values = {"values": {"0": nll, "1": nll}, "mean": nll, "std": 0.0, "low": nll - 0.1, "high": nll + 0.1}
-    figures = dict.fromkeys(("nll", "token_ece", "token_brier", "exact_match", "aurc", "svamp nll"), values)
+    figures = dict.fromkeys(("nll", "token_ece", "token_brier", "exact_match", "aurc", "svamp NLL"), values)
     bins = [{"confidence": 0.5, "accuracy": 0.4, "count": 3}]
     made = {"method": method, "answer": answer, "num_passes": 8 if answer == "mean of 8" else 1, "num_seeds": 2}
     made |= {"setting": "lr", "value": 1, "validation_nll": 2.5, "train_seconds": 3.0, "relative_seconds": 1.5}
@@ -44,7 +44,10 @@ def summary():
         },
         "rows": [*map(row, methods), row("dip", "mean of 8", nll=1.5)],
         "comparisons": [comparison("sam", "better"), comparison("<plain>", "worse")],
-        "tuning": {name: {"values": [0, 1, 2], "nll": {"one pass": [2.7, 2.5, 2.6]}} for name in methods},
+        "tuning": {
+            name: {"values": [0, 1, 2], "nll": {"one pass": [2.7, 2.5, 2.6]}, "files": {"0, 1": "t/result.json"}}
+            for name in methods
+        },
         "missing": [{"cell": f"final/sam/1/seed{seed}", "why": "not run"} for seed in (1, 2)],
         "not_tuned": [],
         "num_cells": {"done": 3, "all": 4},
@@ -56,10 +59,8 @@ def summary():
 
 def test_a_sentence_has_every_verdict(summary):
     first, second = sentences(summary)
-    assert (
-        first
-        == "dip, one pass: NLL better than sam; worse than <plain> (12 seeds; training takes 1.5 × plain's time)."
-    )
+    said = "dip, one pass: NLL 2, better than sam; worse than <plain>"
+    assert first == f"{said} (12 seeds; training takes 1.5 × the time of plain)."
     assert second == "dip, mean of 8: not compared with anything yet."
     summary["comparisons"] = [
         comparison("sam", "equivalent", num_pairs=11),
@@ -67,15 +68,23 @@ def test_a_sentence_has_every_verdict(summary):
         comparison("<plain>", "no difference shown", figure="token_ece", smallest_p_value=0.02),
     ]
     said = sentences(summary)[0]
-    assert "NLL better than sam (distilled); equivalent to sam within 0.01 nats. token ECE not shown to differ" in said
-    assert "11 to 12 seeds, so few that a difference could not be shown from all: the smallest p is 0.02" in said
+    assert "NLL 2, better than sam (distilled); equivalent to sam within 0.01 nats. Token ECE 2, not shown to" in said
+    assert "11 to 12 seeds, too few to show every difference: the least possible p is 0.02" in said
 
 
 def test_a_sentence_counts_what_it_cannot_name(summary):
     summary["comparisons"] = [comparison(f"m{number}", "better") for number in range(5)]
-    assert "NLL better than all 5 others (" in sentences(summary)[0]
+    assert "NLL 2, better than all 5 others (" in sentences(summary)[0]
     summary["comparisons"].append(comparison("sam", "worse"))
-    assert "NLL better than 5 of 6 others; worse than sam (" in sentences(summary)[0]
+    assert "NLL 2, better than 5 of 6 others; worse than sam (" in sentences(summary)[0]
+
+
+def test_the_sentences_give_the_figure_of_plain(summary):
+    summary["rows"].append(row("plain", nll=2.71828))
+    assert sentences(summary)[0].startswith("dip, one pass: NLL 2 (plain in one pass: 2.718), better than")
+    summary["study"]["reference"] = "plain"
+    summary["rows"] = summary["rows"][1:]
+    assert sentences(summary)[0].startswith("plain, one pass: NLL 2.718, better than")
 
 
 def test_without_figures_nothing_is_said(summary, tmp_path):
@@ -101,6 +110,12 @@ def test_without_figures_nothing_is_said(summary, tmp_path):
 def test_a_value_at_the_edge_of_what_was_tried_is_named(summary, values, value, is_named):
     summary["study"]["methods"]["sam"]["values"], summary["rows"][1]["value"] = values, value
     assert ("a better one may lie beyond: sam (one pass)." in " ".join(gaps(summary))) == is_named
+
+
+def test_what_only_the_tuning_has_is_named(summary):
+    assert "not run on the test problems" not in " ".join(gaps(summary))
+    summary["rows"] = [made for made in summary["rows"] if made["method"] != "sam"]
+    assert "not run on the test problems, as the best on validation are: sam." in " ".join(gaps(summary))
 
 
 def test_gaps_and_mixed_origins_are_said(summary):
@@ -137,25 +152,35 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
         "Generated answers",
         "Another distribution",
         "dip, one pass, against the others",
+        "Settings and cost",
         "Tuning",
     ]
-    assert by_title["Another distribution"].header[-2:] == ("svamp nll", "result files")
+    assert by_title["Another distribution"].header[-2:] == ("svamp NLL", "result files")
     for title in ("Held-out problems", "Generated answers", "Another distribution"):
         first = by_title[title].rows[0]
-        assert len(by_title[title].rows) == 4 and "2.0000 ± 0.0000 (1.9000 to 2.1000)" in [cell.text for cell in first]
+        assert len(by_title[title].rows) == 4 and "2.0000 ± 0.0000\n1.9000 to 2.1000" in [cell.text for cell in first]
         assert first[-1].links == (("0", "one/0/result.json"), ("1", "x/1/result.json"))
     against = by_title["dip, one pass, against the others"]
-    assert against.header == ("other", "its answer", "NLL", "AURC")
-    assert [[cell.text for cell in cells] for cells in against.rows] == [
+    assert against.header == ("other", "its answer", "NLL", "AURC", "its result files")
+    assert all(cells[-1].links[1] == ("1", "x/1/result.json") for cells in against.rows)
+    assert [[cell.text for cell in cells[:-1]] for cells in against.rows] == [
         [
             "sam",
             "one pass",
-            "-0.5000 (-0.6000 to -0.4000), p = 0.002: better",
-            "-0.5000 (-0.6000 to -0.4000), p = 0.25: no difference shown",
+            "-0.5000\n-0.6000 to -0.4000\np = 0.002: better",
+            "-0.5000\n-0.6000 to -0.4000\np = 0.25: no difference shown",
         ],
-        ["<plain>", "one pass", "-0.5000 (-0.6000 to -0.4000), p = 0.002: worse", "-"],
+        ["<plain>", "one pass", "-0.5000\n-0.6000 to -0.4000\np = 0.002: worse", "-"],
     ]
-    assert by_title["Tuning"].rows[0][-1].text == "0: 2.7000, 1: 2.5000, 2: 2.6000"
+    costs = [cell.text for cell in by_title["Settings and cost"].rows[-1]]
+    assert costs[:-1] == ["dip", "mean of 8", "2 of 2", "lr=1", "2.5000", "3 s", "1.50", "8"]
+    assert by_title["Tuning"].rows[0][-2].text == "0: 2.7000, 1: 2.5000, 2: 2.6000"
+
+
+def test_a_figure_that_lacks_seeds_says_of_how_many_it_is(summary):
+    summary["rows"][0]["num_seeds"] = 3
+    cells = [cell.text for cell in tables(summary)[0].rows[0]]
+    assert cells[2:4] == ["3 of 2", "2.0000 ± 0.0000, n = 2\n1.9000 to 2.1000"]
 
 
 def test_every_picture_is_drawn_where_it_has_data_and_only_there(summary):
@@ -171,8 +196,9 @@ def test_the_page_is_one_file_and_names_cannot_break_it(summary, tmp_path):
     page = (tmp_path / "study.html").read_text()
     assert "&lt;plain&gt;" in page and "<plain>" not in page
     assert page.count('src="data:image/png;base64,') == 1 + len(PICTURES) and "http" not in page
-    assert set(re.findall(r'href="([^"]*)"', page)) == {"one/0/result.json", "mea/0/result.json", "x/1/result.json"}
-    assert page.index("dip, one pass: NLL") < page.index("data:image") < page.index("<table>")
+    files = {"one/0/result.json", "mea/0/result.json", "x/1/result.json", "t/result.json"}
+    assert set(re.findall(r'href="([^"]*)"', page)) == files
+    assert page.index("<b>dip, one pass:</b> NLL") < page.index("data:image") < page.index("<table>")
     assert all(text.split("'")[0] in page for text in conditions(summary))
 
 
@@ -180,4 +206,6 @@ def test_markdown_has_the_same_tables(summary):
     text = format_markdown(summary)
     for table in tables(summary):
         assert f"## {table.title}\n" in text and f"| {' | '.join(table.header)} |" in text
-    assert "[0](one/0/result.json) [1](x/1/result.json) |" in text
+    assert (
+        "| 2.0000 ± 0.0000<br>1.9000 to 2.1000 |" in text and "[0](one/0/result.json) [1](x/1/result.json) |" in text
+    )
