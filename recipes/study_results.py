@@ -136,7 +136,7 @@ def _rows(study: StudyConfig, read: dict, chosen: dict, tuned: dict) -> list[dic
                 rows.append(distilled)
     plain = next((row for row in rows if row["method"] == PLAIN and row["num_seeds"]), None)
     for row in rows:
-        if plain and row["num_seeds"]:
+        if plain and plain["train_seconds"] and row["train_seconds"]:
             row["relative_seconds"] = row["train_seconds"] / plain["train_seconds"]
     return rows
 
@@ -147,7 +147,7 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     done = {seed: read[cell.folder].results for seed, cell in cells.items() if answer in read[cell.folder].nll}
     row: dict[str, Any] = {"method": name, "answer": answer, "num_passes": num_passes(answer)}
     row |= {"setting": study.methods[name].setting, "value": value, "validation_nll": None, "num_seeds": len(done)}
-    row |= {"train_seconds": None, "relative_seconds": None}
+    row["relative_seconds"] = None
     row["files"] = {seed: _relative_file(cells[seed]) for seed in done}
     row["figures"] = spreads({seed: figures(result, answer) for seed, result in done.items()})
     answers = {seed: pair for seed, result in done.items() if (pair := generated(result, answer))}
@@ -155,8 +155,8 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     row["curves"] = answer_curves(list(answers.values())) if answers else None
     row["validation"] = validation_curve(list(done.values()))
     row["noise"] = noise_by_site(list(done.values()))
-    if done:
-        row["train_seconds"] = mean(_train_seconds(result, answer) for result in done.values())
+    known = [seconds for result in done.values() if (seconds := _train_seconds(result, answer)) is not None]
+    row["train_seconds"] = mean(known) if known else None
     return row
 
 
@@ -223,5 +223,7 @@ def _machine(results: dict) -> str:
     return hardware.get("gpu") or hardware["cpu"]
 
 
-def _train_seconds(results: dict, answer: str) -> float:
-    return results["seconds"]["training"] + (results["seconds"]["distillation"] if answer == "distilled" else 0.0)
+def _train_seconds(results: dict, answer: str) -> float | None:
+    """The time of the training and, of a distilled model, of the distillation; None of a cell that was interrupted."""
+    parts = [results["seconds"][name] for name in ("training", *(["distillation"] if answer == "distilled" else []))]
+    return None if None in parts else sum(parts)
