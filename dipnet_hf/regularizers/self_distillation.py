@@ -22,10 +22,11 @@ class SelfDistillation(TwoPasses):
 
     Every batch runs twice, first with dropout and noise and then without, and of a supervised token's predictions
 
-        loss = NLL_noisy + alpha * KL(stop_gradient(p_noisy) || p_clean),
+        loss = (NLL_noisy + NLL_clean) / 2 + alpha * KL(stop_gradient(p_noisy) || p_clean),
 
-    averaged over the tokens. Labels reach `p_clean` by way of `p_noisy` alone. The divergence's gradient is linear in
-    the teacher's probabilities, so over the steps the mean of the draws is taught, without an ensemble in any step.
+    averaged over the tokens. The divergence's gradient is linear in the teacher's probabilities, so over the steps the
+    mean of the draws is taught, without an ensemble in any step. Let through to the teacher, it would make the noise
+    harmless instead, as R-Drop does.
 
     Cost: 2 forward and backward passes per step; the activations and logits of both at once, and those of the second
     without gradient checkpointing, which networks leave off in eval mode. The divergence is taken in chunks, which
@@ -42,19 +43,23 @@ class SelfDistillation(TwoPasses):
     def install(self, model: nn.Module) -> None:
         """See `Regularizer`."""
         super().install(model)
-        self._model: Any = model
+        # Within `model.sampling(seed)` there is noise in eval mode too.
+        self._without_noise: Any = getattr(model, "deterministic", nullcontext)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """See `Regularizer`."""
-        loss, noisy_NV = self.predict(batch)
-        # Within `model.sampling(seed)` there is noise in eval mode too.
-        without_noise = getattr(self._model, "deterministic", nullcontext)
-        with in_eval_mode(self._model), without_noise():
-            _, clean_NV = self.predict(batch)
-        divergence = summed_divergence(_kl, noisy_NV.detach(), clean_NV)
-        return loss + self.alpha * batch.weight(len(clean_NV)) * divergence
+        noisy_loss, noisy_NV = self.predict(batch)
+        # Not the model around the network, so that a trainer adds to both losses what it adds in training.
+        with in_eval_mode(self._network), self._without_noise():
+            clean_loss, clean_NV = self.predict(batch)
+        divergence = kl(noisy_NV.detach(), clean_NV)
+        return (noisy_loss + clean_loss) / 2 + self.alpha * batch.weight(len(clean_NV)) * divergence
+
+
+def kl(logits_NV: torch.Tensor, others_NV: torch.Tensor) -> torch.Tensor:
+    """`KL(p || q)` of two predictions, summed over the tokens; a scalar, in at least float32."""
+    return summed_divergence(_kl, logits_NV, others_NV)
 
 
 def _kl(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor) -> torch.Tensor:
-    """`KL(p || q)`, summed over the tokens."""
     return F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
