@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu test-faults test-oldest matrix style docs wheel bench bench-gpu lock clean
+.PHONY: help env demo test test-gpu test-faults test-oldest matrix style docs wheel bench bench-gpu study-gpu lock clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,12 @@ bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no net
 	.venv/bin/python benchmarks/paper_models.py
 	.venv/bin/python benchmarks/step.py --rounds 3
 	.venv/bin/python benchmarks/ensemble.py --samples 8 --rounds 2
+
+# The runs share the card: under NVIDIA's MPS (nvidia-cuda-mps-control -d) in a half to a third of the time. The model is that of
+# runs/models, and a second call goes on where the first one stopped.
+study-gpu: export OMP_NUM_THREADS = 1
+study-gpu: .venv/.installed  ## SmolLM2's study, whose cells run for an hour on one GPU: no network, nine minutes of it
+	.venv/bin/python recipes/study.py recipes/configs/study-smollm2-svamp.yaml --jobs 10 --budget 9m
 
 # Resolves pyproject.toml for all supported Pythons at once; a pin that still holds is kept, delete its line to renew it.
 # What torch brings along for CUDA is left out: that is for the chosen build of torch to say. Triton is pinned to what
