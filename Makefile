@@ -84,7 +84,7 @@ bench-gpu: .venv/.installed  ## the benchmarks that have a GPU's targets: no net
 	.venv/bin/python benchmarks/step.py --rounds 3
 	.venv/bin/python benchmarks/ensemble.py --samples 8 --rounds 2
 
-# The runs share the card: under NVIDIA's MPS (nvidia-cuda-mps-control -d) in a half to a third of the time. The model is that of
+# The runs share the card: under NVIDIA's MPS (nvidia-cuda-mps-control -d) in half of the time. The model is that of
 # runs/models, and a second call goes on where the first one stopped.
 study-gpu: export OMP_NUM_THREADS = 1
 study-gpu: .venv/.installed  ## SmolLM2's study, whose cells run for an hour on one GPU: no network, nine minutes of it
