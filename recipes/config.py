@@ -199,9 +199,10 @@ class FinetuneConfig:
             raise ValueError(f"heldout_split must be test or validation, got {self.heldout_split!r}.")
         if self.heldout_split == "validation" and not has_validation:
             raise ValueError("heldout_split: validation needs num_validation_samples or validation_fraction.")
-        if self.training.get("metric_for_best_model") is not None and not has_validation:
+        chooses = [key for key in ("metric_for_best_model", "load_best_model_at_end") if self.training.get(key)]
+        if chooses and not has_validation:
             raise ValueError(
-                "training.metric_for_best_model would choose the best checkpoint on the test problems that it is then "
+                f"training.{chooses[0]} would choose the best checkpoint on the test problems that it is then "
                 "scored on; set num_validation_samples or validation_fraction."
             )
         if self.weights == "frozen" and self.dip is None:

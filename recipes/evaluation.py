@@ -3,6 +3,7 @@
 Shape legend: B batch, L sequence, V vocabulary, N supervised tokens.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,18 @@ def figures_of(log_probs_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Ten
 
 
 def summarize_tokens(problems: Problems) -> dict[str, float]:
-    """Average over the tokens of some problems: NLL in nats; accuracy, ECE and Brier score of the likeliest token."""
+    """Average over the tokens of some problems: NLL in nats; accuracy, ECE and Brier score of the likeliest token.
+
+    NLL, ECE and Brier score are NaN where a token's figures are, as of a model that diverged.
+    """
     log_probs, confidence, correct = torch.cat(problems).double().unbind(1)
+    has_diverged = confidence.isnan().any()
     return {
         "nll": -log_probs.mean().item(),
         "num_tokens": len(log_probs),
         "token_accuracy": correct.mean().item(),
-        "token_ece": expected_calibration_error(confidence, correct),
-        "token_brier": brier_score(confidence, correct),
+        "token_ece": math.nan if has_diverged else expected_calibration_error(confidence, correct),
+        "token_brier": math.nan if has_diverged else brier_score(confidence, correct),
     }
 
 
@@ -66,12 +71,12 @@ class TokenMetrics:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """Average over all supervised tokens of the held-out set; `eval_loss` is a mean of batch means instead."""
         rows = torch.as_tensor(prediction.predictions)
-        self.problems = [row[row[:, 1] >= 0] for row in rows]
+        self.problems = [row[row[:, 1] != IGNORED_LABEL] for row in rows]
         return summarize_tokens(self.problems)
 
 
 def evaluate(trainer: Trainer, heldout: Dataset | None, name: str = "eval", num_samples: int = 1) -> dict[str, Any]:
-    """Measure the tokens of a held-out set, in eval mode; without one there is nothing to measure.
+    """Measure the tokens of a held-out set in its order, in eval mode; without one there is nothing to measure.
 
     In an ensemble a problem is `num_samples` rows of the model, so a batch has so many times fewer problems.
 
@@ -82,11 +87,13 @@ def evaluate(trainer: Trainer, heldout: Dataset | None, name: str = "eval", num_
     if heldout is None:
         return {}
     metrics: Any = trainer.compute_metrics
-    batch_size = trainer.args.per_device_eval_batch_size
-    trainer.args.per_device_eval_batch_size = max(1, batch_size // num_samples)
+    args = trainer.args
+    batch_size, strategy = args.per_device_eval_batch_size, args.train_sampling_strategy
+    args.per_device_eval_batch_size = max(1, batch_size // num_samples)
+    args.train_sampling_strategy = "sequential"  # by length, evaluation too would take another order with every seed
     vars(trainer).pop("_eval_dataloaders", None)  # kept with `dataloader_persistent_workers`, for another batch size
     trainer.evaluate(heldout, metric_key_prefix=name)
-    trainer.args.per_device_eval_batch_size = batch_size
+    args.per_device_eval_batch_size, args.train_sampling_strategy = batch_size, strategy
     return {
         **{f"eval_{figure}": value for figure, value in summarize_tokens(metrics.problems).items()},
         "problem_nll": [round(-problem[:, 0].double().sum().item(), _DIGITS) for problem in metrics.problems],

@@ -39,16 +39,15 @@ def run_cell(cell: Cell) -> None:
     tokens = load_file(cell.run_folder / TOKENS_FILE)
     result = {
         "answers": answers,
-        "validation": [
-            {"step": row["step"], "nll": row["eval_nll"]} for row in run["log_history"] if "eval_nll" in row
-        ],
+        "validation": _validation(run["log_history"]),
         "num_steps": run["metrics"]["num_steps"],
         "seconds": {"training": _train_seconds(run)},
         "noise": run["noise"] and [_noise(row, run["metrics"]["init_noise_std"]) for row in run["noise"]],
         "provenance": run["provenance"],
     }
     if cell.is_distilled:
-        distill.main([_written(cell.folder / "distill.yaml", dump_config(cell.distill_config()))])
+        if not (cell.student_folder / "results.json").is_file():
+            distill.main([_written(cell.folder / "distill.yaml", dump_config(cell.distill_config()))])
         result["seconds"]["distillation"] = _train_seconds(_read(cell.student_folder))
         result["distillation"] = asdict(cell.distill_config())
         answers[DISTILLED], tokens[DISTILLED] = _score_student(cell.student_folder, config)

@@ -20,7 +20,7 @@ from .two_passes import TwoPasses, summed_divergence
 class SelfDistillation(TwoPasses):
     """Training with noise, and teaching its prediction to the network that answers in one pass without noise.
 
-    Every batch runs twice, first with dropout and noise and then without, and of a supervised token's predictions
+    Every batch runs twice, without and with dropout and noise, and of a supervised token's predictions
 
         loss = (NLL_noisy + NLL_clean) / 2 + alpha * KL(stop_gradient(p_noisy) || p_clean),
 
@@ -28,8 +28,8 @@ class SelfDistillation(TwoPasses):
     mean of the draws is taught, without an ensemble in any step. Let through to the teacher, it would make the noise
     harmless instead, as R-Drop does.
 
-    Cost: 2 forward and backward passes per step; the activations and logits of both at once, and those of the second
-    without gradient checkpointing, which networks leave off in eval mode. The divergence is taken in chunks, which
+    Cost: 2 forward and backward passes per step; the activations and logits of both at once, and those of the clean
+    one without gradient checkpointing, which networks leave off in eval mode. The divergence is taken in chunks, which
     are computed again in the backward pass.
 
     Args:
@@ -48,10 +48,11 @@ class SelfDistillation(TwoPasses):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """See `Regularizer`."""
-        noisy_loss, noisy_NV = self.predict(batch)
         # Not the model around the network, so that a trainer adds to both losses what it adds in training.
         with in_eval_mode(self._network), self._without_noise():
             clean_loss, clean_NV = self.predict(batch)
+        # Last, as DistributedDataParallel looks there for the parameters in use, and the noise has some of its own.
+        noisy_loss, noisy_NV = self.predict(batch)
         divergence = kl(noisy_NV.detach(), clean_NV)
         return (noisy_loss + clean_loss) / 2 + self.alpha * batch.weight(len(clean_NV)) * divergence
 

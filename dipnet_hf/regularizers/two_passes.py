@@ -1,4 +1,4 @@
-"""What the methods share that compare a batch's predictions in two passes, the first of which draws dropout or noise.
+"""What the methods share that compare a batch's predictions in two passes, which differ by dropout or noise.
 
 Shape legend: N supervised tokens, V vocabulary.
 """

@@ -118,6 +118,11 @@ def test_a_dumped_configuration_loads_as_itself(load, tmp_path):
         (["quantization.load_in_8bit=true"], {"weights": "full"}, "weights: full cannot train a quantized model"),
         (["num_validation_samples=0"], {}, "num_validation_samples must be a positive integer or null, got 0"),
         (["training.metric_for_best_model=nll"], {}, "choose the best checkpoint on the test problems"),
+        (
+            ["training.load_best_model_at_end=true"],
+            {},
+            "training.load_best_model_at_end would choose the best checkpoint",
+        ),
         (["dip.init_std=1"], {}, "Unknown key dip.init_std; did you mean dip.init_noise_std"),
         (["dip.weights=full"], {}, "Unknown key dip.weights"),
         (["weights.rank=1"], {}, "Unknown key weights.rank; did you mean weights."),

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PveraConfig, get_peft_model
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from dipnet_hf import DipTrainer
@@ -73,6 +75,32 @@ def test_beside_dip_the_trainer_logs_the_first_pass_alone(method, tmp_path):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["nll"] == pytest.approx(log["loss"], rel=0.05)
+
+
+@pytest.fixture
+def process_group():
+    """A group of one process, in which DistributedDataParallel keeps count of the parameters too."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_looking_for_unused_parameters_changes_no_gradient(method, process_group):
+    """As the Trainer does with every adapter: DIPNet's log-variances have no part in a pass without noise."""
+
+    def gradients(wrap):
+        model, regularizer = dip_model(calibration=[make_batch("llama", 16)]).train(), method()
+        regularizer.attach(model)
+        wrapped = wrap(model)
+        for _ in range(2):
+            model.zero_grad()
+            torch.manual_seed(0)
+            regularizer.backward(wrapped, make_batch("llama"))
+        return [parameter.grad for parameter in model.parameters()]
+
+    found = gradients(lambda model: DistributedDataParallel(model, find_unused_parameters=True))
+    for gradient, expected in zip(found, gradients(lambda model: model), strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_classes_without_tokens_are_compared_too(method):

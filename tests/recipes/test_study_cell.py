@@ -1,0 +1,71 @@
+"""A cell of a study: what its result file says of the training, and a distillation that had ended."""
+
+import pytest
+import yaml
+
+from recipes import distill, study_cell
+from recipes.study_cell import run_cell
+from recipes.study_config import Cell, load_study
+from report.results import read_results
+
+
+@pytest.fixture
+def make_cell(model_folder, problems_folder, tmp_path):
+    """Return a function that makes a cell of a study of one method on the tiny model, in a folder."""
+    training = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True}
+    training |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "metric_for_best_model": "nll"}
+    base = {
+        "model": str(model_folder),
+        "dataset": str(problems_folder),
+        "max_length": 64,
+        "num_validation_samples": 3,
+        "weights": "full",
+        "training": {"output_dir": "unused", **training},
+        "evaluation": {"limit": 1, "max_new_tokens": 1},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    study = {
+        "base": str(tmp_path / "base.yaml"),
+        "output_dir": str(tmp_path / "study"),
+        "reference": "dip",
+        "margin": 0.01,
+        "tuning_seeds": [0],
+        "seeds": [0],
+        "methods": {"dip": {"setting": "dip.init_noise_std", "values": [0.1], "num_samples": 2}},
+        "distill": {"num_samples": 2, "training": {"max_steps": 1, "use_cpu": True}},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+
+    def make(phase):
+        cell = Cell(load_study(tmp_path / "study.yaml"), phase, "dip", 0.1, 0)
+        cell.folder.mkdir(parents=True)
+        return cell
+
+    return make
+
+
+def test_the_validation_curve_is_of_validation_problems_whatever_is_scored_afterwards(make_cell):
+    """The same training, scored on validation problems and on test problems, and by an ensemble."""
+    curves = []
+    for phase in ("tuning", "final"):
+        cell = make_cell(phase)
+        run_cell(cell)
+        curves.append(read_results(cell.result_file)["validation"])
+    assert [entry["step"] for entry in curves[0]] == [1, 2, 3]
+    assert curves[0] == curves[1]
+
+
+def test_a_cell_that_was_killed_after_its_distillation_goes_on_from_there(make_cell, monkeypatch):
+    cell = make_cell("final")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(study_cell, "_score_student", killed)
+        run_cell(cell)
+    assert not cell.result_file.exists()
+    monkeypatch.setattr(distill, "main", lambda arguments: pytest.fail("distilled again"))
+    run_cell(cell)
+    assert "distilled" in read_results(cell.result_file)["answers"]
+    assert not cell.run_folder.exists() and not cell.student_folder.exists()
