@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from recipes.study_config import Cell, StudyConfig, final_cells, tuning_cells
 from report.results import read_results
-from report.study_families import compare_reference
+from report.study_families import compare_references
 from report.study_rows import (
     PLAIN,
     answer_curves,
@@ -95,10 +95,10 @@ def finalists(study: StudyConfig) -> dict[str, dict[str, Any]]:
     chosen, tuned = choose(study), validation_nll(study)
     if study.num_finalists is None:
         return chosen
-    if chosen.keys() < study.methods.keys():
-        return {name: by_answer for name, by_answer in chosen.items() if name == study.reference}
-    others = sorted(chosen.keys() - {study.reference, PLAIN}, key=lambda name: min(tuned[name][ONE_PASS]))
-    kept = {study.reference, PLAIN, *others[: study.num_finalists]}
+    kept = {*study.references, PLAIN}
+    if chosen.keys() == study.methods.keys():
+        others = sorted(chosen.keys() - kept, key=lambda name: min(tuned[name][ONE_PASS]))
+        kept.update(others[: study.num_finalists])
     return {name: by_answer for name, by_answer in chosen.items() if name in kept}
 
 
@@ -113,7 +113,7 @@ def summarize(study: StudyConfig) -> dict:
     return {
         "study": json.loads(json.dumps(asdict(study))),
         "rows": rows,
-        "comparisons": compare_reference(rows, study.reference, study.margin),
+        "comparisons": compare_references(rows, study.references, study.margin),
         "tuning": {name: _tuning(study, name, nll) for name, nll in tuned.items()},
         "missing": [_gap(study, cell, read) for cell in cells if read[cell.folder].state != "done"],
         "not_tuned": [name for name in study.methods if name not in tuned],

@@ -40,7 +40,7 @@ def draw_overview(summary: dict) -> Any:
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(methods)), methods)
     for label in panels[0].get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == summary["study"]["reference"] else "normal")
+        label.set_fontweight("bold" if label.get_text() in summary["study"]["references"] else "normal")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(kinds), fontsize="small")
     return figure
@@ -155,7 +155,7 @@ def _draw_lines(summary: dict, key: str, points_of: Callable, labels: dict[str, 
     axes = figure.subplots()
     seen: set[str] = set()
     for (method, value), row in rows.items():
-        width = 2.5 if method == summary["study"]["reference"] else 1.2
+        width = 2.5 if method in summary["study"]["references"] else 1.2
         style = {"color": colors[method], "linewidth": width, "linestyle": "--" if method in seen else "-"}
         axes.plot(*points_of(row[key]), marker=".", label=f"{method} {value}", **style)
         seen.add(method)
@@ -170,22 +170,22 @@ def _rows_with(summary: dict, figure: str) -> list[dict]:
 
 
 def _rows_to_tell_apart(summary: dict) -> list[dict]:
-    """Choose the generated answers of the reference, of plain and of the best other for each number of passes."""
+    """Choose the generated answers of the references, of plain and of the best other for each number of passes."""
     rows = sorted((row for row in summary["rows"] if row["curves"]), key=lambda row: row["figures"]["nll"]["mean"])
-    always = (summary["study"]["reference"], PLAIN)
+    always = (*summary["study"]["references"], PLAIN)
     best_others = {row["num_passes"]: row for row in reversed(rows) if row["method"] not in always}
     return [row for row in rows if row["method"] in always or row in best_others.values()]
 
 
 def _method_colors(summary: dict) -> dict[str, Any]:
-    """Give every method a colour: the reference black, the others the strong ones of a map and then its pale ones."""
+    """Give every method a colour: the first reference black, others strong ones and then pale ones."""
     from matplotlib import colormaps
 
-    colors, reference = colormaps["tab20"], summary["study"]["reference"]
+    colors, first = colormaps["tab20"], summary["study"]["references"][0]
     methods = dict.fromkeys([*summary["study"]["methods"], *(row["method"] for row in summary["rows"])])
-    others = [method for method in methods if method != reference]
+    others = [method for method in methods if method != first]
     places = [(2 * number + number // 10) % 20 for number in range(len(others))]
-    return {reference: "black"} | {method: colors(place) for method, place in zip(others, places, strict=True)}
+    return {first: "black"} | {method: colors(place) for method, place in zip(others, places, strict=True)}
 
 
 def _kind(row: dict) -> str:

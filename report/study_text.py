@@ -37,15 +37,15 @@ class Table(NamedTuple):
 
 
 def sentences(summary: dict) -> list[str]:
-    """Say in one sentence per answer what is shown of the reference; nothing that a test or an interval does not."""
-    reference = summary["study"]["reference"]
-    said = [_sentence(summary, row) for row in summary["rows"] if row["method"] == reference]
-    return said or [f"{reference} is not tuned yet, so that nothing can be said."]
+    """Say in one sentence per answer what is shown of a reference; nothing that a test or an interval does not."""
+    references = summary["study"]["references"]
+    said = [_sentence(summary, row) for row in summary["rows"] if row["method"] in references]
+    return said or [f"{', '.join(references)}: not tuned yet, so that nothing can be said."]
 
 
 def _sentence(summary: dict, row: dict) -> str:
     subject = f"{row['method']}, {row['answer']}"
-    compared = [entry for entry in summary["comparisons"] if entry["answer"] == row["answer"]]
+    compared = _compared(summary, row)
     if not compared:
         return f"{subject}: not compared with anything yet."
     plain: dict = next((other["figures"] for other in summary["rows"] if other["method"] == PLAIN), {})
@@ -65,6 +65,12 @@ def _sentence(summary: dict, row: dict) -> str:
         else f"; training takes {row['relative_seconds']:.2g} × the time of {PLAIN}"
     )
     return f"{subject}: {'. '.join(parts)} ({_seeds(compared)}{cost})."
+
+
+def _compared(summary: dict, ours: dict) -> list[dict]:
+    """Choose the comparisons of one answer of a reference."""
+    own = (ours["method"], ours["answer"])
+    return [entry for entry in summary["comparisons"] if (entry["reference"], entry["answer"]) == own]
 
 
 def _verdicts(compared: list[dict], margin: float) -> str:
@@ -98,14 +104,15 @@ def _seeds(compared: list[dict]) -> str:
 def conditions(summary: dict) -> list[str]:
     """Say how the methods were compared."""
     study = summary["study"]
-    num_trials = len(study["methods"][study["reference"]]["values"])
+    num_trials = len(study["methods"][study["references"][0]]["values"])
     return [
         f"Each of {len(study['methods'])} methods was tuned by {num_trials} values of one setting with "
         f"{len(study['tuning_seeds'])} seed(s) on validation problems; each answer takes the value that was best for "
         "it, a distilled model the one of the mean that it learns from. The test problems were scored once per cell.",
         "NLL is in nats per answer token, lower is better; token figures are of the likeliest token against the "
         "target. Intervals are bootstrap intervals of the mean over seeds, at 99%.",
-        f"{study['reference']} is compared with what takes as many passes at inference. Differences are paired by "
+        f"Each of {', '.join(study['references'])} is compared with what takes as many passes at inference. "
+        "Differences are paired by "
         f"seed: Wilcoxon's signed-rank test, with Holm's correction over the methods that one answer is compared with "
         f"by one figure; a claim needs p < {SIGNIFICANCE:g}. Equivalence is claimed of the NLL alone, by an interval "
         f"within {study['margin']:g} nats. Exact match must differ over seeds and, by McNemar's test on how many "
@@ -168,7 +175,7 @@ def tables(summary: dict) -> list[Table]:
             "Generated answers", "By the task's first filter, such as strict-match.", summary, list(HEADINGS)[3:]
         ),
         _figures("Another distribution", "Problems of other data sets.", summary, list(dict.fromkeys(others))),
-        *(_comparisons(summary, row) for row in summary["rows"] if row["method"] == summary["study"]["reference"]),
+        *(_comparisons(summary, row) for row in summary["rows"] if row["method"] in summary["study"]["references"]),
         _costs(summary),
         _tuning(summary),
     ]
@@ -219,8 +226,8 @@ def _spread(row: dict, name: str) -> TextCell:
 
 
 def _comparisons(summary: dict, ours: dict) -> Table:
-    """Lay out one answer of the reference against all others, a column per figure."""
-    compared = [entry for entry in summary["comparisons"] if entry["answer"] == ours["answer"]]
+    """Lay out one answer of a reference against all others, a column per figure."""
+    compared = _compared(summary, ours)
     names = [name for name in COMPARED if any(entry["figure"] == name for entry in compared)]
     others = dict.fromkeys((entry["method"], entry["other_answer"]) for entry in compared)
     by_place = {(entry["method"], entry["other_answer"], entry["figure"]): entry for entry in compared}

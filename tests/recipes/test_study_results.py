@@ -37,7 +37,7 @@ def make_study(tmp_path):
         values = {
             "base": str(tmp_path / "base.yaml"),
             "output_dir": str(tmp_path / "study"),
-            "reference": "dip",
+            "references": ["dip"],
             "margin": 0.01,
             "tuning_seeds": [100, 101],
             "seeds": list(range(12)),

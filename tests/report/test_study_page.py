@@ -24,7 +24,14 @@ def row(method, answer="one pass", nll=2.0, **changed):
 
 def comparison(method, verdict, figure="nll", answer="one pass", **changed):
     """The reference against a method."""
-    made = {"answer": answer, "method": method, "other_answer": answer, "figure": figure, "verdict": verdict}
+    made = {
+        "reference": "dip",
+        "answer": answer,
+        "method": method,
+        "other_answer": answer,
+        "figure": figure,
+        "verdict": verdict,
+    }
     made |= {"num_pairs": 12, "difference": -0.5, "low": -0.6, "high": -0.4, "p_value": 0.001}
     return made | {"holm_p_value": 0.002, "smallest_p_value": 0.001} | changed
 
@@ -36,7 +43,7 @@ def summary():
     return {
         "study": {
             "output_dir": "results/study/tiny",
-            "reference": "dip",
+            "references": ["dip"],
             "margin": 0.01,
             "methods": {name: {"setting": "lr", "values": [0, 1, 2]} for name in methods},
             "tuning_seeds": [1],
@@ -82,14 +89,16 @@ def test_a_sentence_counts_what_it_cannot_name(summary):
 def test_the_sentences_give_the_figure_of_plain(summary):
     summary["rows"].append(row("plain", nll=2.71828))
     assert sentences(summary)[0].startswith("dip, one pass: NLL 2 (plain in one pass: 2.718), better than")
-    summary["study"]["reference"] = "plain"
+    summary["study"]["references"] = ["plain"]
     summary["rows"] = summary["rows"][1:]
+    for entry in summary["comparisons"]:
+        entry["reference"] = "plain"
     assert sentences(summary)[0].startswith("plain, one pass: NLL 2.718, better than")
 
 
 def test_without_figures_nothing_is_said(summary, tmp_path):
     summary |= {"rows": [], "comparisons": [], "tuning": {}, "not_tuned": ["dip"]}
-    assert sentences(summary) == ["dip is not tuned yet, so that nothing can be said."]
+    assert sentences(summary) == ["dip: not tuned yet, so that nothing can be said."]
     assert "in no table: dip" in " ".join(gaps(summary)) and not tables(summary)
     write_html(summary, tmp_path / "study.html")
     page = (tmp_path / "study.html").read_text()
