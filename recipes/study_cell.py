@@ -39,9 +39,7 @@ def run_cell(cell: Cell) -> None:
     tokens = load_file(cell.run_folder / TOKENS_FILE)
     result = {
         "answers": answers,
-        "validation": [
-            {"step": row["step"], "nll": row["eval_nll"]} for row in run["log_history"] if "eval_nll" in row
-        ],
+        "validation": _validation(run["log_history"]),
         "num_steps": run["metrics"]["num_steps"],
         "seconds": {"training": _train_seconds(run)},
         "noise": run["noise"] and [_noise(row, run["metrics"]["init_noise_std"]) for row in run["noise"]],

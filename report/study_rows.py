@@ -107,8 +107,11 @@ def answer_curves(pooled: Sequence[tuple[list[float], list[int]]]) -> dict:
 
 
 def validation_curve(results: Sequence[dict]) -> list[dict]:
-    """Average the validation NLL during training over seeds, at the steps that all of them have."""
-    curves = [{entry["step"]: entry["nll"] for entry in result["validation"]} for result in results]
+    """Average the validation NLL during training over seeds, at the steps that all of them have.
+
+    Of a step's two values the first counts: some result files also have the test problems' NLL, at the last step.
+    """
+    curves = [{entry["step"]: entry["nll"] for entry in reversed(result["validation"])} for result in results]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     return [{"step": step, "nll": mean(curve[step] for curve in curves)} for step in steps]
 

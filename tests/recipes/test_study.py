@@ -109,6 +109,7 @@ def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_eve
     for cell, lines in scored:
         assert (set(map(_question, lines)) <= set(map(_question, trained))) == (cell.phase == "tuning")
         assert len(lines) == (3 if cell.phase == "tuning" else 5)
+        assert [entry["step"] for entry in read_cell(cell).results["validation"]] == [1, 2]
     chosen = choose(done)
     assert set(chosen["plain"]) == {"one pass"} and set(chosen["dip"]) >= {"one pass", "mean of 2"}
     for answer in ("one pass", "mean of 2"):

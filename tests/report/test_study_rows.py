@@ -71,6 +71,7 @@ def test_an_ensemble_of_copies_is_the_model_and_one_of_two_is_no_worse_than_thei
 def test_a_validation_curve_has_the_steps_of_all_seeds():
     curves = [{1: 4.0, 2: 3.0, 3: 2.0}, {1: 2.0, 2: 2.0}]
     results = [{"validation": [{"step": step, "nll": nll} for step, nll in curve.items()]} for curve in curves]
+    results[1]["validation"].append({"step": 2, "nll": 9.0})  # of the test problems
     assert validation_curve(results) == [{"step": 1, "nll": 3.0}, {"step": 2, "nll": 2.5}]
     assert validation_curve([]) == []
 
