@@ -3,6 +3,8 @@
 One family of Holm's correction is one answer of one reference, by one figure, against all of these.
 """
 
+from statistics import mean
+
 from report.comparison import Comparison, compare, holm, mcnemar, smallest_p_value, verdict
 from report.study_rows import HIGHER_IS_BETTER
 
@@ -20,8 +22,8 @@ def compare_references(rows: list[dict], references: list[str], margin: float) -
 
     Returns:
         `list[dict]`: in each the `reference` and its `answer`, the other's `method` and `other_answer`, the `figure`,
-        the fields of `Comparison` for reference - other, `problems_p_value` (of right answers), `holm_p_value`,
-        `smallest_p_value` and `verdict` on the reference.
+        the fields of `Comparison` for reference - other, the `other_mean` over the pairs, `problems_p_value` (of right
+        answers), `holm_p_value`, `smallest_p_value` and `verdict` on the reference.
     """
     found = []
     for ours in (row for row in rows if row["method"] in references):
@@ -29,6 +31,11 @@ def compare_references(rows: list[dict], references: list[str], margin: float) -
         for figure in COMPARED:
             found += _family(ours, others, figure, margin if figure == "nll" else 0.0)
     return found
+
+
+def compared_of(comparisons: list[dict], reference: str, answer: str) -> list[dict]:
+    """Choose the comparisons of one answer of a reference."""
+    return [entry for entry in comparisons if (entry["reference"], entry["answer"]) == (reference, answer)]
 
 
 def _family(ours: dict, others: list[dict], figure: str, margin: float) -> list[dict]:
@@ -55,6 +62,7 @@ def _entry(ours: dict, other: dict, figure: str) -> dict:
     compared = compare(*([row["figures"][figure]["values"][seed] for seed in seeds] for row in (ours, other)))
     entry = {"reference": ours["method"], "answer": ours["answer"], "figure": figure}
     entry |= {"method": other["method"], "other_answer": other["answer"], **compared._asdict()}
+    entry["other_mean"] = mean(other["figures"][figure]["values"][seed] for seed in seeds)
     if figure == "exact_match":
         entry["problems_p_value"] = mcnemar(*(_num_right(row, seeds) for row in (ours, other)))
         entry["p_value"] = max(entry["p_value"], entry["problems_p_value"])

@@ -129,7 +129,7 @@ def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_eve
     folder = Path(done.output_dir)
     assert json.loads((folder / "study.json").read_text())["num_cells"] == summary["num_cells"]
     page = (folder / "study.html").read_text()
-    assert "data:image/png;base64," in page and "too few to show every difference" in page
+    assert "data:image/png;base64," in page and "(too few seeds: the least possible p is" in page
     for row in runs:
         shown = f"{row['figures']['nll']['mean']:.4f}"
         assert shown in page and shown in (folder / "study.md").read_text()
