@@ -149,12 +149,18 @@ def _costs(summary: dict) -> Table:
     rows = []
     for row in summary["rows"]:
         loss = "-" if row["validation_nll"] is None else f"{row['validation_nll']:.4f}"
-        seconds = "\n".join(f"{mean(times):.0f} s on {machine}" for machine, times in row["seconds"].items()) or "-"
+        measured = (f"{mean(times):.0f} s on {machine}, n = {len(times)}" for machine, times in row["seconds"].items())
+        seconds = "\n".join(measured) or "-"
         relative = _times(row["relative_seconds"])
         texts = (f"{row['setting']}={row['value']}", loss, seconds, relative, str(row["num_passes"]))
         rows.append((*_first_cells(summary, row), *map(TextCell, texts), _files(row)))
     header = ("tuned value", "validation NLL", "training", f"over {PLAIN}", "passes at inference", "result files")
-    return Table("Settings and cost", "Training includes distillation.", (*FIRST_HEADINGS, *header), rows)
+    return Table(
+        "Settings and cost",
+        "Training includes distillation; n cells of both phases.",
+        (*FIRST_HEADINGS, *header),
+        rows,
+    )
 
 
 def _first_cells(summary: dict, row: dict) -> tuple[TextCell, ...]:
@@ -188,7 +194,8 @@ def _comparisons(summary: dict, ours: dict) -> Table:
     ]
     return Table(
         f"{ours['method']}, {ours['answer']}, against the others",
-        f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is.",
+        f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is. Of exact match "
+        "McNemar's p over problems too, before any correction.",
         ("other", "its answer", *(HEADINGS[name] for name in names), "its result files"),
         rows,
     )

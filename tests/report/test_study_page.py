@@ -220,7 +220,7 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
         ["<noise>", "one pass", "-0.5000\n-0.6000 to -0.4000\np = 0.002: worse", "-"],
     ]
     costs = [cell.text for cell in by_title["Settings and cost"].rows[-1]]
-    assert costs[:-1] == ["dip", "mean of 8", "2 of 2", "lr=1", "2.5000", "3 s on a CPU", "1.50", "8"]
+    assert costs[:-1] == ["dip", "mean of 8", "2 of 2", "lr=1", "2.5000", "3 s on a CPU, n = 2", "1.50", "8"]
 
 
 def test_what_is_shown_is_counted_by_verdict(summary):
