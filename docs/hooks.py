@@ -13,11 +13,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+STUDIES = sorted(ROOT.glob("recipes/results/study/*/study.md"))
 PAGES = {
     "index.md": "README.md",
     "benchmarks.md": "benchmarks/README.md",
     "evaluation.md": "eval/README.md",
     "contributing.md": "CONTRIBUTING.md",
+    **{f"study/{path.parent.name}.md": path.relative_to(ROOT).as_posix() for path in STUDIES},
 }
 PICTURES = ("benchmarks/results/*.png", "eval/results/*.png", "recipes/results/*.png")
 ON_SITE = {path: page for page, path in PAGES.items()}

@@ -48,12 +48,12 @@ class StudyConfig:
     Args:
         base (`str`): a configuration of `recipes/finetune.py`, which holds problems out for validation.
         output_dir (`str`): the folder of the cells and of the report.
-        reference (`str`): the method that all others are compared with.
+        references (`list[str]`): the methods that are each compared with all others.
         margin (`float`): nats per token; a difference within it is called equivalence.
         tuning_seeds (`list[int]`): each value of a method is tried with these.
         seeds (`list[int]`): the chosen values are run with these.
         methods (`dict`): the fields of `MethodConfig` by a method's name.
-        num_finalists (`int`, *optional*): only the reference, `plain` and so many others run with `seeds`: those of
+        num_finalists (`int`, *optional*): only the references, `plain` and so many others run with `seeds`: those of
             the least validation NLL in one pass, once all are tuned. Null is all.
         set (`dict`): keys of the base that all methods change, dotted.
         final_set (`dict`): more of them for the runs with the chosen values, such as what costs time to score.
@@ -66,7 +66,7 @@ class StudyConfig:
 
     base: str
     output_dir: str
-    reference: str
+    references: list[str]
     margin: float
     tuning_seeds: list[int]
     seeds: list[int]
@@ -79,8 +79,10 @@ class StudyConfig:
     def __post_init__(self):
         for name in ("tuning_seeds", "seeds"):
             _check_seeds(name, getattr(self, name))
-        if self.reference not in self.methods:
-            raise ValueError(f"reference is {self.reference!r}, and the methods are {', '.join(self.methods)}.")
+        if not (isinstance(self.references, list) and self.references and set(self.references) <= self.methods.keys()):
+            raise ValueError(
+                f"references must list one or more of the methods {', '.join(self.methods)}, got {self.references!r}."
+            )
         if not (isinstance(self.margin, (int, float)) and self.margin > 0):
             raise ValueError(f"margin must be positive, got {self.margin!r}.")
         if self.num_finalists is not None and not (type(self.num_finalists) is int and self.num_finalists > 0):
@@ -179,7 +181,7 @@ def _load_once(base: str, overrides: tuple[str, ...]) -> FinetuneConfig:
 
 def tuning_cells(study: StudyConfig) -> list[Cell]:
     """List every value of every method with the tuning seeds, one method after the other in turn."""
-    numbers = range(len(study.methods[study.reference].values))
+    numbers = range(len(study.methods[study.references[0]].values))
     return [
         Cell(study, "tuning", name, method.values[number], seed)
         for seed in study.tuning_seeds

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from recipes.study_config import Cell, StudyConfig, final_cells, tuning_cells
 from report.results import read_results
-from report.study_families import compare_reference
+from report.study_families import compare_references
 from report.study_rows import (
     PLAIN,
     answer_curves,
@@ -17,6 +17,7 @@ from report.study_rows import (
     generated,
     noise_by_site,
     num_passes,
+    relative_seconds,
     spreads,
     token_log_probs,
     validation_curve,
@@ -95,10 +96,10 @@ def finalists(study: StudyConfig) -> dict[str, dict[str, Any]]:
     chosen, tuned = choose(study), validation_nll(study)
     if study.num_finalists is None:
         return chosen
-    if chosen.keys() < study.methods.keys():
-        return {name: by_answer for name, by_answer in chosen.items() if name == study.reference}
-    others = sorted(chosen.keys() - {study.reference, PLAIN}, key=lambda name: min(tuned[name][ONE_PASS]))
-    kept = {study.reference, PLAIN, *others[: study.num_finalists]}
+    kept = {*study.references, PLAIN}
+    if chosen.keys() == study.methods.keys():
+        others = sorted(chosen.keys() - kept, key=lambda name: min(tuned[name][ONE_PASS]))
+        kept.update(others[: study.num_finalists])
     return {name: by_answer for name, by_answer in chosen.items() if name in kept}
 
 
@@ -113,7 +114,7 @@ def summarize(study: StudyConfig) -> dict:
     return {
         "study": json.loads(json.dumps(asdict(study))),
         "rows": rows,
-        "comparisons": compare_reference(rows, study.reference, study.margin),
+        "comparisons": compare_references(rows, study.references, study.margin),
         "tuning": {name: _tuning(study, name, nll) for name, nll in tuned.items()},
         "missing": [_gap(study, cell, read) for cell in cells if read[cell.folder].state != "done"],
         "not_tuned": [name for name in study.methods if name not in tuned],
@@ -134,11 +135,8 @@ def _rows(study: StudyConfig, read: dict, chosen: dict, tuned: dict) -> list[dic
             distilled = _row(study, read, name, "distilled", value)
             if num_passes(answer) > 1 and distilled["num_seeds"]:
                 rows.append(distilled)
-    plain = next((row for row in rows if row["method"] == PLAIN and row["num_seeds"]), None)
-    for row in rows:
-        if plain and plain["train_seconds"] and row["train_seconds"]:
-            row["relative_seconds"] = row["train_seconds"] / plain["train_seconds"]
-    return rows
+    plain: dict[str, list[float]] = next((row["seconds"] for row in rows if row["method"] == PLAIN), {})
+    return [row | {"relative_seconds": relative_seconds(row["seconds"], plain)} for row in rows]
 
 
 def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> dict:
@@ -147,7 +145,6 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     done = {seed: read[cell.folder].results for seed, cell in cells.items() if answer in read[cell.folder].nll}
     row: dict[str, Any] = {"method": name, "answer": answer, "num_passes": num_passes(answer)}
     row |= {"setting": study.methods[name].setting, "value": value, "validation_nll": None, "num_seeds": len(done)}
-    row["relative_seconds"] = None
     row["files"] = {seed: _relative_file(cells[seed]) for seed in done}
     row["figures"] = spreads({seed: figures(result, answer) for seed, result in done.items()})
     answers = {seed: pair for seed, result in done.items() if (pair := generated(result, answer))}
@@ -155,8 +152,8 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     row["curves"] = answer_curves(list(answers.values())) if answers else None
     row["validation"] = validation_curve(list(done.values()))
     row["noise"] = noise_by_site(list(done.values()))
-    known = [seconds for result in done.values() if (seconds := _train_seconds(result, answer)) is not None]
-    row["train_seconds"] = mean(known) if known else None
+    tuned = (read[Cell(study, "tuning", name, value, seed).folder].results for seed in study.tuning_seeds)
+    row["seconds"] = _seconds_by_machine([*done.values(), *tuned], answer)
     return row
 
 
@@ -194,8 +191,8 @@ def _deep_ensembles(study: StudyConfig, read: dict, rows: list[dict]) -> list[di
         row |= {"validation_nll": None, "right": {}, "curves": None, "validation": [], "noise": None}
         row |= {"figures": spreads(nll), "num_seeds": size * len(groups), "is_deep_ensemble": True}
         row["files"] = {seed: plain["files"][seed] for group in groups for seed in group}
-        for cost in ("train_seconds", "relative_seconds"):
-            row[cost] = plain[cost] and size * plain[cost]
+        row["seconds"] = {machine: [size * one for one in seconds] for machine, seconds in plain["seconds"].items()}
+        row["relative_seconds"] = plain["relative_seconds"] and size * plain["relative_seconds"]
         found.append(row)
     return found
 
@@ -223,7 +220,14 @@ def _machine(results: dict) -> str:
     return hardware.get("gpu") or hardware["cpu"]
 
 
-def _train_seconds(results: dict, answer: str) -> float | None:
-    """The time of the training and, of a distilled model, of the distillation; None of a cell that was interrupted."""
-    parts = [results["seconds"][name] for name in ("training", *(["distillation"] if answer == "distilled" else []))]
-    return None if None in parts else sum(parts)
+def _seconds_by_machine(results: list[dict], answer: str) -> dict[str, list[float]]:
+    """The times of training, which is the same in both phases; of a distilled model with those of the distillation.
+
+    Cells that were interrupted have none, nor have those of the tuning of a distillation.
+    """
+    found: dict[str, list[float]] = {}
+    for result in results:
+        parts = [result["seconds"].get(name) for name in ("training", *["distillation"] * (answer == "distilled"))]
+        if None not in parts:
+            found.setdefault(_machine(result), []).append(sum(parts))
+    return found

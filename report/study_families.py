@@ -1,7 +1,9 @@
-"""The comparisons of a study: the reference with every other method that takes as many passes at inference.
+"""The comparisons of a study: each reference with every other method that takes as many passes at inference.
 
-One family of Holm's correction is one answer of the reference, by one figure, against all of these.
+One family of Holm's correction is one answer of one reference, by one figure, against all of these.
 """
+
+from statistics import mean
 
 from report.comparison import Comparison, compare, holm, mcnemar, smallest_p_value, verdict
 from report.study_rows import HIGHER_IS_BETTER
@@ -9,26 +11,31 @@ from report.study_rows import HIGHER_IS_BETTER
 COMPARED = ("nll", "token_ece", "exact_match", "answer_ece", "aurc")
 
 
-def compare_reference(rows: list[dict], reference: str, margin: float) -> list[dict]:
-    """Compare each answer of the reference with the other methods' answers of equal cost at inference.
+def compare_references(rows: list[dict], references: list[str], margin: float) -> list[dict]:
+    """Compare each answer of each reference with the other methods' answers of equal cost at inference.
 
     Args:
         rows (`list[dict]`): of a study's summary.
-        reference (`str`): a method.
+        references (`list[str]`): methods; one is among the others of another.
         margin (`float`): nats per token within which an NLL counts as the same. Other figures have no margin, and are
             never called equivalent.
 
     Returns:
-        `list[dict]`: in each the reference's `answer`, the other's `method` and `other_answer`, the `figure`, the
-        fields of `Comparison` for reference - other, `problems_p_value` (of right answers), `holm_p_value`,
-        `smallest_p_value` and `verdict` on the reference.
+        `list[dict]`: in each the `reference` and its `answer`, the other's `method` and `other_answer`, the `figure`,
+        the fields of `Comparison` for reference - other, the `other_mean` over the pairs, `problems_p_value` (of right
+        answers), `holm_p_value`, `smallest_p_value` and `verdict` on the reference.
     """
     found = []
-    for ours in (row for row in rows if row["method"] == reference):
-        others = [row for row in rows if row["method"] != reference and row["num_passes"] == ours["num_passes"]]
+    for ours in (row for row in rows if row["method"] in references):
+        others = [row for row in rows if row["method"] != ours["method"] and row["num_passes"] == ours["num_passes"]]
         for figure in COMPARED:
             found += _family(ours, others, figure, margin if figure == "nll" else 0.0)
     return found
+
+
+def compared_of(comparisons: list[dict], reference: str, answer: str) -> list[dict]:
+    """Choose the comparisons of one answer of a reference."""
+    return [entry for entry in comparisons if (entry["reference"], entry["answer"]) == (reference, answer)]
 
 
 def _family(ours: dict, others: list[dict], figure: str, margin: float) -> list[dict]:
@@ -53,8 +60,9 @@ def _entry(ours: dict, other: dict, figure: str) -> dict:
     """
     seeds = _shared_seeds(ours, other, figure)
     compared = compare(*([row["figures"][figure]["values"][seed] for seed in seeds] for row in (ours, other)))
-    entry = {"answer": ours["answer"], "method": other["method"], "other_answer": other["answer"], "figure": figure}
-    entry |= compared._asdict()
+    entry = {"reference": ours["method"], "answer": ours["answer"], "figure": figure}
+    entry |= {"method": other["method"], "other_answer": other["answer"], **compared._asdict()}
+    entry["other_mean"] = mean(other["figures"][figure]["values"][seed] for seed in seeds)
     if figure == "exact_match":
         entry["problems_p_value"] = mcnemar(*(_num_right(row, seeds) for row in (ours, other)))
         entry["p_value"] = max(entry["p_value"], entry["problems_p_value"])

@@ -5,8 +5,9 @@ import html
 import io
 from pathlib import Path
 
-from report.study_pictures import PICTURES, draw_overview
-from report.study_text import Table, TextCell, conditions, gaps, missing_cells, sentences, tables
+from report.study_pictures import PICTURES
+from report.study_tables import Table, TextCell, tables
+from report.study_text import are_tested, conditions, gaps, missing_cells, sentences
 
 
 def format_markdown(summary: dict) -> str:
@@ -28,16 +29,18 @@ def _markdown_row(cells) -> str:
 
 def write_html(summary: dict, path: Path) -> None:
     """Write the report as one HTML file that needs no others but the result files that it links to."""
+    drawn = [(title, caption, _picture(draw, title, summary)) for title, caption, draw in PICTURES]
+    first = 0 if are_tested(summary) else 1  # without test problems the tuning is what there is
     page = PAGE.format(
         title=html.escape(_title(summary)),
         sentences="".join(map(_sentence, sentences(summary))),
-        overview=_picture(draw_overview, "NLL and token ECE by method", summary) or "<p>No figure yet.</p>",
+        overview=_overview(*drawn[first]),
         gaps=_list(gaps(summary)),
         tables="".join(map(_table, tables(summary))),
         pictures="".join(
             f"<h2>{html.escape(title)}</h2><p>{html.escape(caption)}</p>{picture}"
-            for title, caption, draw in PICTURES
-            if (picture := _picture(draw, title, summary))
+            for number, (title, caption, picture) in enumerate(drawn)
+            if picture and number != first
         ),
         conditions=_list(conditions(summary)),
         missing=_list(missing_cells(summary) or ["Nothing."]),
@@ -56,6 +59,10 @@ def _title(summary: dict) -> str:
 def _sentence(text: str) -> str:
     subject, colon, rest = text.partition(":")
     return f"<p><b>{html.escape(subject + colon)}</b>{html.escape(rest)}</p>"
+
+
+def _overview(title: str, caption: str, picture: str) -> str:
+    return f"{picture}<p>{html.escape(title)}. {html.escape(caption)}</p>" if picture else "<p>No figure yet.</p>"
 
 
 def _list(texts: list[str]) -> str:

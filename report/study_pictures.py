@@ -38,12 +38,49 @@ def draw_overview(summary: dict) -> Any:
             axes.errorbar(means, places, xerr=[below, above], label=kind, **style)
         axes.set(xlabel=f"{label} (lower is better)")
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(methods)), methods)
-    for label in panels[0].get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == summary["study"]["reference"] else "normal")
+    _name_rows(panels[0], methods, summary)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(kinds), fontsize="small")
     return figure
+
+
+def draw_tuning(summary: dict) -> Any:
+    """Draw every value's validation NLL: methods from the best to the worst, darker dots for later values.
+
+    What is far worse than the best of the worst method is drawn at the edge, as an arrow.
+    """
+    from matplotlib.figure import Figure
+
+    if not summary["tuning"]:
+        return None
+    by_method = {name: tuned["nll"] for name, tuned in summary["tuning"].items()}
+    methods = sorted(by_method, key=lambda name: -min(by_method[name]["one pass"]))
+    bests = [min(nll) for by_answer in by_method.values() for nll in by_answer.values()]
+    edge = max(bests) + 0.5 * (max(bests) - min(bests))
+    figure = Figure(figsize=(10, 1.4 + 0.4 * len(methods)), layout="constrained")
+    axes = figure.subplots()
+    for place, method in enumerate(methods):
+        for answer, nll in by_method[method].items():
+            color, marker = STYLES["one pass" if answer == "one pass" else "mean of k"]
+            offset = 0.0 if len(by_method[method]) == 1 else 0.15 if answer == "one pass" else -0.15
+            for number, loss in enumerate(nll):
+                alpha = 0.25 + 0.75 * number / max(len(nll) - 1, 1)
+                shape = marker if loss <= edge else ">"
+                axes.plot(min(loss, edge), place + offset, shape, color=color, alpha=alpha, markeredgewidth=0)
+    for kind in ("one pass", "mean of k"):
+        color, marker = STYLES[kind]
+        axes.plot([], [], marker, color=color, label=kind)
+    axes.set(xlabel="NLL of validation problems, nats per answer token (lower is better)")
+    axes.grid(axis="x", alpha=0.3)
+    _name_rows(axes, methods, summary)
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
+    return figure
+
+
+def _name_rows(axes: Any, methods: list[str], summary: dict) -> None:
+    axes.set_yticks(range(len(methods)), methods)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in summary["study"]["references"] else "normal")
 
 
 def draw_cost(summary: dict) -> Any:
@@ -135,6 +172,12 @@ def draw_validation(summary: dict) -> Any:
 
 
 PICTURES: list[tuple[str, str, Callable[[dict], Any]]] = [
+    ("NLL and calibration on the test problems", "Mean over seeds, and its 99% interval.", draw_overview),
+    (
+        "The tuning",
+        "A dot per value that was tried, the later in the list the darker; an arrow is further off than the axis.",
+        draw_tuning,
+    ),
     ("Cost against quality", "Mean over seeds. Lower and further left is better.", draw_cost),
     ("Reliability of the generated answers", "All seeds together; a point is as large as its bin.", draw_reliability),
     ("Risk and coverage of the generated answers", "All seeds together.", draw_risk_coverage),
@@ -155,7 +198,7 @@ def _draw_lines(summary: dict, key: str, points_of: Callable, labels: dict[str, 
     axes = figure.subplots()
     seen: set[str] = set()
     for (method, value), row in rows.items():
-        width = 2.5 if method == summary["study"]["reference"] else 1.2
+        width = 2.5 if method in summary["study"]["references"] else 1.2
         style = {"color": colors[method], "linewidth": width, "linestyle": "--" if method in seen else "-"}
         axes.plot(*points_of(row[key]), marker=".", label=f"{method} {value}", **style)
         seen.add(method)
@@ -170,22 +213,22 @@ def _rows_with(summary: dict, figure: str) -> list[dict]:
 
 
 def _rows_to_tell_apart(summary: dict) -> list[dict]:
-    """Choose the generated answers of the reference, of plain and of the best other for each number of passes."""
+    """Choose the generated answers of the references, of plain and of the best other for each number of passes."""
     rows = sorted((row for row in summary["rows"] if row["curves"]), key=lambda row: row["figures"]["nll"]["mean"])
-    always = (summary["study"]["reference"], PLAIN)
+    always = (*summary["study"]["references"], PLAIN)
     best_others = {row["num_passes"]: row for row in reversed(rows) if row["method"] not in always}
     return [row for row in rows if row["method"] in always or row in best_others.values()]
 
 
 def _method_colors(summary: dict) -> dict[str, Any]:
-    """Give every method a colour: the reference black, the others the strong ones of a map and then its pale ones."""
+    """Give every method a colour: the first reference black, others strong ones and then pale ones."""
     from matplotlib import colormaps
 
-    colors, reference = colormaps["tab20"], summary["study"]["reference"]
+    colors, first = colormaps["tab20"], summary["study"]["references"][0]
     methods = dict.fromkeys([*summary["study"]["methods"], *(row["method"] for row in summary["rows"])])
-    others = [method for method in methods if method != reference]
+    others = [method for method in methods if method != first]
     places = [(2 * number + number // 10) % 20 for number in range(len(others))]
-    return {reference: "black"} | {method: colors(place) for method, place in zip(others, places, strict=True)}
+    return {first: "black"} | {method: colors(place) for method, place in zip(others, places, strict=True)}
 
 
 def _kind(row: dict) -> str:

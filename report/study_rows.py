@@ -15,6 +15,7 @@ from report.comparison import bootstrap_interval
 
 HEADINGS = {
     "nll": "NLL",
+    "token_accuracy": "token accuracy",
     "token_ece": "token ECE",
     "token_brier": "token Brier",
     "exact_match": "exact match",
@@ -23,8 +24,10 @@ HEADINGS = {
     "auroc": "AUROC",
     "aurc": "AURC",
 }
-HIGHER_IS_BETTER = ("exact_match", "auroc")
+HIGHER_IS_BETTER = ("token_accuracy", "exact_match", "auroc")
 PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
+PLAIN_AT_TWICE_THE_TIME = "plain_twice_as_long"
+MOST_SECONDS = 2.0  # of training, relative to plain, that count as its cost
 NUM_CURVE_POINTS = 50  # of a risk-coverage curve
 LEAST_COVERAGE = 0.05  # where one begins: before, the risk is that of a few answers
 
@@ -32,6 +35,11 @@ LEAST_COVERAGE = 0.05  # where one begins: before, the risk is that of a few ans
 def num_passes(answer: str) -> int:
     """Tell how many passes through the model an answer takes: k for "mean of k", one for all others."""
     return int(answer.removeprefix("mean of ")) if answer.startswith("mean of ") else 1
+
+
+def row_name(row: dict) -> str:
+    """Name a method and, if it is not a plain pass, its way of answering."""
+    return row["method"] if row["answer"] == "one pass" else f"{row['method']} ({row['answer']})"
 
 
 def own_task(result: dict) -> str | None:
@@ -46,7 +54,7 @@ def figures(result: dict, answer: str) -> dict[str, float]:
     What was not generated, and an AUROC that is not defined, is left out.
     """
     values = result["answers"][answer]
-    found = {name: values[name] for name in ("nll", "token_ece", "token_brier")}
+    found = {name: values[name] for name in ("nll", "token_accuracy", "token_ece", "token_brier")}
     for task, scores in values["scores"].items():
         of_task = _scores(scores)
         if task == own_task(result):
@@ -107,8 +115,11 @@ def answer_curves(pooled: Sequence[tuple[list[float], list[int]]]) -> dict:
 
 
 def validation_curve(results: Sequence[dict]) -> list[dict]:
-    """Average the validation NLL during training over seeds, at the steps that all of them have."""
-    curves = [{entry["step"]: entry["nll"] for entry in result["validation"]} for result in results]
+    """Average the validation NLL during training over seeds, at the steps that all of them have.
+
+    Of a step's two values the first counts: some result files also have the test problems' NLL, at the last step.
+    """
+    curves = [{entry["step"]: entry["nll"] for entry in reversed(result["validation"])} for result in results]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     return [{"step": step, "nll": mean(curve[step] for curve in curves)} for step in steps]
 
@@ -121,6 +132,36 @@ def noise_by_site(results: Sequence[dict]) -> list[dict] | None:
         {"name": sites[0]["name"], "relative_std": mean(site["std"] / site["init_std"] for site in sites)}
         for sites in zip(*(result["noise"] for result in results), strict=True)
     ]
+
+
+def relative_seconds(seconds: Mapping[str, Sequence[float]], of_plain: Mapping[str, Sequence[float]]) -> float | None:
+    """Compare mean times on one machine: the one with most of the row's and any of plain's; None without one.
+
+    Args:
+        seconds, of_plain: the times by machine; those of two machines do not compare.
+    """
+    shared = [machine for machine in seconds if machine in of_plain]
+    if not shared:
+        return None
+    machine = max(shared, key=lambda name: len(seconds[name]))
+    return mean(seconds[machine]) / mean(of_plain[machine])
+
+
+def rows_of_equal_cost(rows: Sequence[dict]) -> list[dict]:
+    """Choose what takes one pass at inference and at most `MOST_SECONDS`, from the least NLL to the largest."""
+    found = [row for row in rows if row["num_passes"] == 1 and "nll" in row["figures"]]
+    found = [row for row in found if row["relative_seconds"] is not None and row["relative_seconds"] <= MOST_SECONDS]
+    return sorted(found, key=lambda row: row["figures"]["nll"]["mean"])
+
+
+def plain_at_equal_time(rows: Sequence[dict], row: dict) -> dict | None:
+    """Find what plain training does with as much: a run of twice the steps for one pass, k runs for k passes."""
+    is_one_pass = row["num_passes"] == 1
+    for other in rows:
+        is_plain = other["method"] == PLAIN_AT_TWICE_THE_TIME if is_one_pass else "is_deep_ensemble" in other
+        if is_plain and other["num_passes"] == row["num_passes"] and other["num_seeds"]:
+            return other
+    return None
 
 
 def ensemble_nll(members: Sequence[np.ndarray]) -> float:

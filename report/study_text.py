@@ -1,117 +1,170 @@
-"""What the report of a study says: its sentences, its gaps and its tables, as text that Markdown and HTML share."""
+"""What the report of a study says in words: three sentences to begin with, its conditions and its gaps."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from report.comparison import SIGNIFICANCE
-from report.study_families import COMPARED
-from report.study_rows import HEADINGS, PLAIN
+from report.study_families import compared_of
+from report.study_rows import MOST_SECONDS, PLAIN, row_name, rows_of_equal_cost
 
-IN_SENTENCES = ("nll", "token_ece", "exact_match")
-FIRST_HEADINGS = ("method", "answer", "seeds")
-MOST_NAMES = 3  # in a sentence
-VERDICTS = {
-    "better": "better than {}",
-    "worse": "worse than {}",
-    "equivalent": "equivalent to {} within {margin:g} nats",
-    "no difference shown": "not shown to differ from {}",
-}
-
-
-class TextCell(NamedTuple):
-    """A cell of a table."""
-
-    text: str = "-"  # may have several lines
-    verdict: str = ""  # of a comparison
-    links: tuple[tuple[str, str], ...] = ()  # text and file, in place of `text`
-
-
-class Table(NamedTuple):
-    """A table with what a reader needs to know of it."""
-
-    title: str
-    explanation: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[TextCell, ...]]
+ONE_PASS = "one pass"
+WORDS = {"nll": "loss", "token_ece": "calibration error", "exact_match": "right answers"}
 
 
 def sentences(summary: dict) -> list[str]:
-    """Say in one sentence per answer what is shown of the reference; nothing that a test or an interval does not."""
-    reference = summary["study"]["reference"]
-    said = [_sentence(summary, row) for row in summary["rows"] if row["method"] == reference]
-    return said or [f"{reference} is not tuned yet, so that nothing can be said."]
+    """Say what the references do in one pass: against plain, against the best other method, and at what cost.
+
+    Of test problems nothing is said that a test or an interval does not show. A reference without any is told by the
+    problems that it was tuned on, as such.
+    """
+    best = _best_other(summary)
+    others = [(PLAIN, ""), *([] if best is None else [(best, ", the best other method")])]
+    said = [f"Against {name}{what}{_seeds(summary, name)}: {_against(summary, name)}" for name, what in others]
+    return [*said, f"Cost: {_costs(summary)}"]
 
 
-def _sentence(summary: dict, row: dict) -> str:
-    subject = f"{row['method']}, {row['answer']}"
-    compared = [entry for entry in summary["comparisons"] if entry["answer"] == row["answer"]]
-    if not compared:
-        return f"{subject}: not compared with anything yet."
-    plain: dict = next((other["figures"] for other in summary["rows"] if other["method"] == PLAIN), {})
+def are_tested(summary: dict) -> bool:
+    """Whether every reference is compared with plain on test problems."""
+    references = summary["study"]["references"]
+    return all(reference == PLAIN or _entries(summary, reference, PLAIN) for reference in references)
+
+
+def _entries(summary: dict, reference: str, method: str) -> list[dict]:
+    """Choose the comparisons of a reference with another method, both in one pass, by what `WORDS` has."""
+    of_reference = compared_of(summary["comparisons"], reference, ONE_PASS)
+    return [
+        entry
+        for entry in of_reference
+        if (entry["method"], entry["other_answer"]) == (method, ONE_PASS) and entry["figure"] in WORDS
+    ]
+
+
+def _best_other(summary: dict) -> str | None:
+    """Name the method of the least NLL that is no reference: on test problems, or if there are none by the tuning."""
+    known = {*summary["study"]["references"], PLAIN}
+    tested = {
+        row["method"]: row["figures"]["nll"]["mean"]
+        for row in summary["rows"]
+        if row["answer"] == ONE_PASS and "nll" in row["figures"]
+    }
+    tuned = {name: _tuned_nll(summary, name) for name in summary["tuning"]}
+    for found in (tested, tuned):
+        if others := {name: nll for name, nll in found.items() if name not in known}:
+            return min(others, key=lambda name: others[name])
+    return None
+
+
+def _tuned_nll(summary: dict, method: str) -> float:
+    return min(summary["tuning"][method]["nll"][ONE_PASS])
+
+
+def _seeds(summary: dict, method: str) -> str:
+    compared = [_entries(summary, reference, method) for reference in summary["study"]["references"]]
+    numbers = sorted({entry["num_pairs"] for entries in compared for entry in entries})
+    return f" ({' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} seeds)" if numbers else ""
+
+
+def _against(summary: dict, method: str) -> str:
+    said, by_tuning = [], []
+    for reference in (name for name in summary["study"]["references"] if name != method):
+        if entries := _entries(summary, reference, method):
+            said.append(f"{_shown(reference, entries, summary['study']['margin'])}.")
+        elif {reference, method} <= summary["tuning"].keys():
+            ours, theirs = _tuned_nll(summary, reference), _tuned_nll(summary, method)
+            by_tuning.append(f"{reference} has {_amount('nll', ours - theirs, theirs)}")
+    if by_tuning:
+        number = len(summary["study"]["tuning_seeds"])
+        seeds = "one seed" if number == 1 else f"{number} seeds"
+        said.append(f"{_listed(by_tuning)} on validation problems, with {seeds}, which shows nothing yet.")
+    return " ".join(said) or "nothing can be said yet."
+
+
+def _shown(reference: str, entries: list[dict], margin: float) -> str:
+    """Say what a reference is shown to have more or less of than another method, and where no difference is shown."""
+    if max(entry["smallest_p_value"] for entry in entries) >= SIGNIFICANCE:
+        amount = _amount("nll", entries[0]["difference"], entries[0]["other_mean"])
+        return f"{reference} has {amount} so far, which so few seeds cannot tell from chance"
+    by_verdict: dict[str, list[dict]] = {}
+    for entry in entries:
+        by_verdict.setdefault(entry["verdict"], []).append(entry)
     parts = []
-    for name in IN_SENTENCES:
-        if verdicts := _verdicts([entry for entry in compared if entry["figure"] == name], summary["study"]["margin"]):
-            of_plain = (
-                f" ({PLAIN} in one pass: {plain[name]['mean']:.4g})"
-                if name in plain and row["method"] != PLAIN
-                else ""
-            )
-            heading = HEADINGS[name][0].upper() + HEADINGS[name][1:]
-            parts.append(f"{heading} {row['figures'][name]['mean']:.4g}{of_plain}, {verdicts}")
-    cost = (
-        ""
-        if row["relative_seconds"] is None
-        else f"; training takes {row['relative_seconds']:.2g} × the time of {PLAIN}"
+    if differing := by_verdict.get("better", []) + by_verdict.get("worse", []):
+        amounts = [_amount(entry["figure"], entry["difference"], entry["other_mean"]) for entry in differing]
+        parts.append(f"has {_listed(amounts)} (p < {SIGNIFICANCE:g})")
+    if "equivalent" in by_verdict:
+        parts.append(f"has the same loss within {margin:g} nats")
+    if unclear := by_verdict.get("no difference shown"):
+        parts.append(f"is not shown to differ in {_listed(WORDS[entry['figure']] for entry in unclear)}")
+    return f"{reference} {_listed(parts)}"
+
+
+def _amount(figure: str, difference: float, of: float) -> str:
+    """Say how much more or less there is: losses and errors in percent, right answers in points."""
+    if figure == "exact_match":
+        return f"{100 * abs(difference):.1f} points {'more' if difference > 0 else 'fewer'} {WORDS[figure]}"
+    return f"{abs(difference) / of:.1%} {'more' if difference > 0 else 'less'} {WORDS[figure]}"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _costs(summary: dict) -> str:
+    """Say how long the references train, and what is best of what costs as little."""
+    times = {
+        row["method"]: row["relative_seconds"]
+        for row in summary["rows"]
+        if row["answer"] == ONE_PASS and row["relative_seconds"] is not None
+    }
+    known = [name for name in summary["study"]["references"] if name in times and name != PLAIN]
+    said = [f"{name} takes {times[name]:.1f} ×" for name in known]
+    text = (
+        f"{_listed(said)} {PLAIN}'s training time; an answer takes one pass." if said else "no times to compare yet."
     )
-    return f"{subject}: {'. '.join(parts)} ({_seeds(compared)}{cost})."
+    return " ".join([text, *_equal_cost(summary)])
 
 
-def _verdicts(compared: list[dict], margin: float) -> str:
-    by_verdict: dict[str, list[str]] = {}
-    for entry in compared:
-        name = entry["method"] + (" (distilled)" if entry["other_answer"] == "distilled" else "")
-        by_verdict.setdefault(entry["verdict"], []).append(name)
-    return "; ".join(
-        text.format(_names(by_verdict[verdict], len(compared)), margin=margin)
-        for verdict, text in VERDICTS.items()
-        if verdict in by_verdict
-    )
-
-
-def _names(others: list[str], num_others: int) -> str:
-    """Name a few, and count many: the tables name them all."""
-    if len(others) <= MOST_NAMES:
-        return ", ".join(others)
-    return f"all {num_others} others" if len(others) == num_others else f"{len(others)} of {num_others} others"
-
-
-def _seeds(compared: list[dict]) -> str:
-    numbers = sorted({entry["num_pairs"] for entry in compared})
-    text = f"{' to '.join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))} seeds"
-    smallest = max(entry["smallest_p_value"] for entry in compared)
-    if smallest >= SIGNIFICANCE:
-        text += f", too few to show every difference: the least possible p is {smallest:.2g}"
-    return text
+def _equal_cost(summary: dict) -> list[str]:
+    """Say what is best of what takes one pass and little more training, and what a test shows of that."""
+    equal = rows_of_equal_cost(summary["rows"])
+    if len(equal) < 2:
+        return []
+    best, *others = equal
+    names = {(row["method"], row["answer"]) for row in others}
+    shown = [
+        entry
+        for entry in compared_of(summary["comparisons"], best["method"], best["answer"])
+        if entry["figure"] == "nll" and entry["verdict"] == "better"
+        if (entry["method"], entry["other_answer"]) in names
+    ]
+    than = f", less than {len(shown)} of the {len(others)} others (p < {SIGNIFICANCE:g})" if shown else ""
+    return [
+        f"Of {len(equal)} ways to answer in one pass after at most {MOST_SECONDS:g} times {PLAIN}'s training time, "
+        f"{row_name(best)} has the least mean loss{than}."
+    ]
 
 
 def conditions(summary: dict) -> list[str]:
     """Say how the methods were compared."""
     study = summary["study"]
-    num_trials = len(study["methods"][study["reference"]]["values"])
+    num_trials = len(study["methods"][study["references"][0]]["values"])
     return [
         f"Each of {len(study['methods'])} methods was tuned by {num_trials} values of one setting with "
         f"{len(study['tuning_seeds'])} seed(s) on validation problems; each answer takes the value that was best for "
         "it, a distilled model the one of the mean that it learns from. The test problems were scored once per cell.",
         "NLL is in nats per answer token, lower is better; token figures are of the likeliest token against the "
         "target. Intervals are bootstrap intervals of the mean over seeds, at 99%.",
-        f"{study['reference']} is compared with what takes as many passes at inference. Differences are paired by "
-        f"seed: Wilcoxon's signed-rank test, with Holm's correction over the methods that one answer is compared with "
-        f"by one figure; a claim needs p < {SIGNIFICANCE:g}. Equivalence is claimed of the NLL alone, by an interval "
-        f"within {study['margin']:g} nats. Exact match must differ over seeds and, by McNemar's test on how many "
-        "seeds have each problem right, over problems: p is the larger of the two.",
+        f"Each of {', '.join(study['references'])} is compared with what takes as many passes at inference. "
+        "Differences are paired by seed: Wilcoxon's signed-rank test, with Holm's correction over the methods that "
+        f"one answer is compared with by one figure; a claim needs p < {SIGNIFICANCE:g}. Equivalence is claimed of "
+        f"the NLL alone, by an interval within {study['margin']:g} nats. Exact match must differ over seeds and, by "
+        "McNemar's test on how many seeds have each problem right, over problems: p is the larger of the two.",
         "A deep ensemble is the mean probability of as many plain runs, by groups of seeds that share none: too few "
         "groups for a test.",
+        "The best other method is the one of the least mean NLL, of the test problems where it has any: this choice "
+        "favours it. Times are those of training, in cells of both phases, and include distillation; they are over "
+        f"{PLAIN}'s on the machine that most of the cells ran on.",
     ]
 
 
@@ -121,7 +174,10 @@ def gaps(summary: dict) -> list[str]:
     if summary["not_tuned"]:
         said.append(f"Not tuned yet, and so in no table: {', '.join(summary['not_tuned'])}.")
     if not_run := sorted(summary["tuning"].keys() - {row["method"] for row in summary["rows"]}):
-        said.append(f"Tuned, and not run on the test problems, as the best on validation are: {', '.join(not_run)}.")
+        why = "which of these run on the test problems is known once all are tuned"
+        if not summary["not_tuned"]:
+            why = "not run on the test problems, as the best on validation are"
+        said.append(f"Tuned, and {why}: {', '.join(not_run)}.")
     if at_edge := [f"{row['method']} ({row['answer']})" for row in summary["rows"] if _is_at_edge(summary, row)]:
         said.append(
             f"The best value is the least or the largest tried, and a better one may lie beyond: {', '.join(at_edge)}."
@@ -134,7 +190,8 @@ def gaps(summary: dict) -> list[str]:
         said.append(f"The cells come from {len(summary['commits'])} commits: {', '.join(summary['commits'])}.")
     if len(summary["hardware"]) > 1:
         said.append(
-            f"The cells come from different machines, and times do not compare: {', '.join(summary['hardware'])}."
+            "The cells come from different machines, within which alone times are compared: "
+            f"{', '.join(summary['hardware'])}."
         )
     if differing := [name for name, versions in summary["versions"].items() if len(versions) > 1]:
         said.append(f"The cells come from different versions of {', '.join(differing)}.")
@@ -157,102 +214,3 @@ def missing_cells(summary: dict) -> list[str]:
     """Count the missing cells by method and reason."""
     counts = Counter(("/".join(gap["cell"].split("/")[:2]), gap["why"]) for gap in summary["missing"])
     return [f"{cells}: {number} {'cell' if number == 1 else 'cells'} {why}" for (cells, why), number in counts.items()]
-
-
-def tables(summary: dict) -> list[Table]:
-    """Lay out all figures; tables without any are left out."""
-    others = [name for row in summary["rows"] for name in row["figures"] if name not in HEADINGS]
-    found = [
-        _figures("Held-out problems", "The given answers, token by token.", summary, list(HEADINGS)[:3]),
-        _figures(
-            "Generated answers", "By the task's first filter, such as strict-match.", summary, list(HEADINGS)[3:]
-        ),
-        _figures("Another distribution", "Problems of other data sets.", summary, list(dict.fromkeys(others))),
-        *(_comparisons(summary, row) for row in summary["rows"] if row["method"] == summary["study"]["reference"]),
-        _costs(summary),
-        _tuning(summary),
-    ]
-    return [table for table in found if table.rows]
-
-
-def _figures(title: str, explanation: str, summary: dict, names: list[str]) -> Table:
-    """Lay out some figures of all rows."""
-    names = [name for name in names if any(name in row["figures"] for row in summary["rows"])]
-    rows = [
-        (*_first_cells(summary, row), *(_spread(row, name) for name in names), _files(row))
-        for row in summary["rows"]
-        if any(name in row["figures"] for name in names)
-    ]
-    explanation += " Mean ± standard deviation, and the 99% interval of the mean."
-    return Table(title, explanation, (*FIRST_HEADINGS, *(HEADINGS.get(n, n) for n in names), "result files"), rows)
-
-
-def _costs(summary: dict) -> Table:
-    """Lay out what each row was tuned to and what it costs."""
-    rows = []
-    for row in summary["rows"]:
-        loss = "-" if row["validation_nll"] is None else f"{row['validation_nll']:.4f}"
-        seconds = "-" if row["train_seconds"] is None else f"{row['train_seconds']:.0f} s"
-        relative = "-" if row["relative_seconds"] is None else f"{row['relative_seconds']:.2f}"
-        texts = (f"{row['setting']}={row['value']}", loss, seconds, relative, str(row["num_passes"]))
-        rows.append((*_first_cells(summary, row), *map(TextCell, texts), _files(row)))
-    header = ("tuned value", "validation NLL", "training", f"over {PLAIN}", "passes at inference", "result files")
-    return Table("Settings and cost", "Training includes distillation.", (*FIRST_HEADINGS, *header), rows)
-
-
-def _first_cells(summary: dict, row: dict) -> tuple[TextCell, ...]:
-    seeds = f"{row['num_seeds']} of {len(summary['study']['seeds'])}"
-    return TextCell(row["method"]), TextCell(row["answer"]), TextCell(seeds)
-
-
-def _files(row: dict) -> TextCell:
-    return TextCell(links=tuple(row["files"].items()))
-
-
-def _spread(row: dict, name: str) -> TextCell:
-    if name not in row["figures"]:
-        return TextCell()
-    figure = row["figures"][name]
-    deviation = "" if figure["std"] is None else f" ± {figure['std']:.4f}"
-    number = "" if len(figure["values"]) == row["num_seeds"] else f", n = {len(figure['values'])}"
-    return TextCell(f"{figure['mean']:.4f}{deviation}{number}\n{figure['low']:.4f} to {figure['high']:.4f}")
-
-
-def _comparisons(summary: dict, ours: dict) -> Table:
-    """Lay out one answer of the reference against all others, a column per figure."""
-    compared = [entry for entry in summary["comparisons"] if entry["answer"] == ours["answer"]]
-    names = [name for name in COMPARED if any(entry["figure"] == name for entry in compared)]
-    others = dict.fromkeys((entry["method"], entry["other_answer"]) for entry in compared)
-    by_place = {(entry["method"], entry["other_answer"], entry["figure"]): entry for entry in compared}
-    files = {(row["method"], row["answer"]): _files(row) for row in summary["rows"]}
-    rows = [
-        (*map(TextCell, other), *(_comparison(by_place.get((*other, name))) for name in names), files[other])
-        for other in others
-    ]
-    return Table(
-        f"{ours['method']}, {ours['answer']}, against the others",
-        f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is.",
-        ("other", "its answer", *(HEADINGS[name] for name in names), "its result files"),
-        rows,
-    )
-
-
-def _comparison(entry: dict | None) -> TextCell:
-    if entry is None:
-        return TextCell()
-    interval = f"{entry['difference']:+.4f}\n{entry['low']:+.4f} to {entry['high']:+.4f}"
-    return TextCell(f"{interval}\np = {entry['holm_p_value']:.2g}: {entry['verdict']}", entry["verdict"])
-
-
-def _tuning(summary: dict) -> Table:
-    """Lay out the validation NLL of every value that was tried."""
-    rows = [
-        (TextCell(name), TextCell(answer), TextCell(summary["study"]["methods"][name]["setting"]))
-        + (TextCell(", ".join(f"{value}: {loss:.4f}" for value, loss in zip(tuned["values"], nll, strict=True))),)
-        + (_files(tuned),)
-        for name, tuned in summary["tuning"].items()
-        for answer, nll in tuned["nll"].items()
-    ]
-    explanation = "Mean validation NLL of each value tried; the least is taken."
-    header = ("method", "answer", "setting", "validation NLL by value", "result files by value and seed")
-    return Table("Tuning", explanation, header, rows)

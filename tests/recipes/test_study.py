@@ -49,7 +49,7 @@ def make_study(model_folder, problems_folder, tmp_path):
         values = {
             "base": str(tmp_path / "base.yaml"),
             "output_dir": str(tmp_path / name),
-            "reference": "dip",
+            "references": ["dip"],
             "margin": 0.01,
             "tuning_seeds": [100],
             "seeds": [0, 1],
@@ -109,6 +109,7 @@ def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_eve
     for cell, lines in scored:
         assert (set(map(_question, lines)) <= set(map(_question, trained))) == (cell.phase == "tuning")
         assert len(lines) == (3 if cell.phase == "tuning" else 5)
+        assert [entry["step"] for entry in read_cell(cell).results["validation"]] == [1, 2]
     chosen = choose(done)
     assert set(chosen["plain"]) == {"one pass"} and set(chosen["dip"]) >= {"one pass", "mean of 2"}
     for answer in ("one pass", "mean of 2"):
@@ -128,7 +129,7 @@ def test_a_study_tunes_on_validation_problems_and_scores_the_best_value_with_eve
     folder = Path(done.output_dir)
     assert json.loads((folder / "study.json").read_text())["num_cells"] == summary["num_cells"]
     page = (folder / "study.html").read_text()
-    assert "data:image/png;base64," in page and "too few to show every difference" in page
+    assert "data:image/png;base64," in page and "(too few seeds: the least possible p is" in page
     for row in runs:
         shown = f"{row['figures']['nll']['mean']:.4f}"
         assert shown in page and shown in (folder / "study.md").read_text()
@@ -214,14 +215,20 @@ def test_labels_that_say_nothing_tell_no_methods_apart(make_study, tmp_path, pro
 
 
 def test_only_the_best_on_validation_problems_run_with_all_seeds(make_study):
-    methods = {name: {"setting": "training.weight_decay", "values": [0.0, 0.5]} for name in ("good", "bad", "best")}
-    nll = {"dip": 3.0, "good": 1.0, "bad": 2.0, "best": 0.0}
-    done = finish(
-        make_study(methods={"dip": METHODS["dip"], **methods}, num_finalists=2), writes(lambda cell: nll[cell.method])
-    )
-    assert {cell.method for cell in study.all_cells(done) if cell.phase == "final"} == {"dip", "good", "best"}
+    """And the references and plain, however they did; these as soon as they are tuned."""
+    nll = {"dip": 3.0, "variant": 3.0, "plain": 3.0, "good": 1.0, "bad": 2.0, "best": 0.0}
+    methods = dict.fromkeys(nll, METHODS["plain"]) | {"dip": METHODS["dip"]}
+    path = make_study(methods=methods, references=["dip", "variant"], num_finalists=2)
+    always = {"dip", "variant", "plain"}
+
+    def final_methods(done):
+        return {cell.method for cell in study.all_cells(done) if cell.phase == "final"}
+
+    assert final_methods(finish(path, writes(lambda cell: nll[cell.method]), only=[*always, "best"])) == always
+    done = finish(path, writes(lambda cell: nll[cell.method]))
+    assert final_methods(done) == {*always, "good", "best"}
     summary = summarize(done)
-    assert {row["method"] for row in summary["rows"] if row["num_seeds"]} == {"dip", "good", "best"}
+    assert {row["method"] for row in summary["rows"] if row["num_seeds"]} == {*always, "good", "best"}
     assert not summary["missing"] and set(summary["tuning"]) == nll.keys()
 
 
@@ -300,10 +307,11 @@ def test_an_occupied_cell_is_left_to_its_process(make_study):
         ({"methods": {"dip": {"setting": "dip.init_noise_std", "values": [0.1, 0.1]}}}, "not all different"),
         ({"methods": {"dip": {"setting": "training.seed", "values": [1, 2]}}}, "training.seed is set by the study"),
         ({"methods": {"dip": {"values": [1, 2]}}}, "needs a setting"),
-        ({"methods": {"a/b": METHODS["plain"]}, "reference": "a/b"}, "one of a folder"),
+        ({"methods": {"a/b": METHODS["plain"]}, "references": ["a/b"]}, "one of a folder"),
         ({"methods": {"dip": {**METHODS["plain"], "sets": {}}}}, "did you mean methods.dip.set"),
         ({"set": {"num_validation_samples": None}}, "needs num_validation_samples"),
-        ({"reference": "sam"}, "the methods are plain, dip"),
+        ({"references": ["dip", "sam"]}, "one or more of the methods plain, dip, got"),
+        ({"references": []}, "references must list one or more"),
         ({"seeds": [1, 1]}, "seeds must be a list of different seeds"),
         ({"tuning_seeds": []}, "tuning_seeds must be a list"),
         ({"margin": 0}, "margin must be positive"),
@@ -324,8 +332,10 @@ def test_repository_studies_load_and_open_with_their_launch_command(path, monkey
     loaded = load_study(path.relative_to(ROOT))
     assert path.read_text().startswith(f"# python recipes/study.py recipes/configs/{path.name} ")
     assert loaded.output_dir == f"recipes/results/study/{path.stem.removeprefix('study-')}"
-    others = loaded.num_finalists or len(loaded.methods) - 1
-    assert smallest_p_value(len(loaded.seeds), others) < 0.01, "a study that could show nothing"
+    finalists = {*loaded.references, "plain"}
+    num_others = len(finalists) + (loaded.num_finalists or len(loaded.methods) - len(finalists)) - 1
+    num_rows = 2 * num_others  # each may be distilled too
+    assert smallest_p_value(len(loaded.seeds), num_rows) < 0.01, "a study that could show nothing"
 
 
 def test_a_key_that_is_missing_is_named(tmp_path):
@@ -347,7 +357,9 @@ def test_unknown_methods_of_the_command_line_are_refused(make_study):
 
 def test_from_the_command_line_a_cell_is_a_process(make_study, capsys):
     path = make_study(methods={"dip": {"setting": "dip.init_noise_std", "values": [0.1]}}, seeds=[0])
-    run_study(load_study(path), recipe, only=[], deadline=time.monotonic() + 1e-3)  # the first cell alone
+    (tuning,) = tuning_cells(load_study(path))
+    tuning.folder.mkdir(parents=True)
+    recipe(tuning, None)
     handler = signal.getsignal(signal.SIGTERM)
     main([str(path), "--only", "dip", "--budget", "1h", "--jobs", "2"])
     signal.signal(signal.SIGTERM, handler)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from report.comparison import SIGNIFICANCE
-from report.study_families import compare_reference
+from report.study_families import compare_references
 from report.study_rows import spread
 
 NUM_SEEDS = 12
@@ -46,7 +46,7 @@ def test_families_are_the_answers_of_equal_passes_at_inference():
         make_row("late") | {"figures": {}},
     ]
     rows.append(make_row("deep ensemble of 8 (plain)", "mean of 8", 8) | {"figures": {"nll": spread({"0+1": 1.0})}})
-    found = compare_reference(rows, "dip", margin=0.01)
+    found = compare_references(rows, ["dip"], margin=0.01)
     others = {name: [] for name in ("one pass", "mean of 8", "distilled")}
     for entry in found:
         others[entry["answer"]].append((entry["method"], entry["other_answer"]))
@@ -60,9 +60,25 @@ def test_families_are_the_answers_of_equal_passes_at_inference():
     )
 
 
+def test_each_reference_has_families_of_its_own():
+    """What one is compared with, and so how much of its p-value is left, does not hang on the other."""
+    rows = [
+        make_row(name, nll=np.linspace(1, 2, NUM_SEEDS) + by) for name, by in (("dip", 0), ("new", -1), ("sam", 1))
+    ]
+    both = compare_references(rows, ["dip", "new"], margin=0.01)
+    verdicts = {(entry["reference"], entry["method"]): entry["verdict"] for entry in both}
+    assert verdicts == {
+        ("dip", "new"): "worse",
+        ("dip", "sam"): "better",
+        ("new", "dip"): "better",
+        ("new", "sam"): "better",
+    }
+    assert both == compare_references(rows, ["dip"], margin=0.01) + compare_references(rows, ["new"], margin=0.01)
+
+
 def test_pairs_are_the_seeds_that_both_have():
     rows = [make_row("dip", nll=[1.0, 2.0, 3.0]), make_row("plain", nll=[1.5, 2.5])]
-    (entry,) = compare_reference(rows, "dip", margin=0.01)
+    (entry,) = compare_references(rows, ["dip"], margin=0.01)
     assert (entry["num_pairs"], entry["difference"]) == (2, -0.5) and entry["verdict"] == "no difference shown"
 
 
@@ -70,20 +86,20 @@ def test_more_right_answers_are_better_and_differ_over_seeds_and_over_problems()
     generator = np.random.default_rng(0)
     strong, weak = draw_right(generator, skill=3.0), draw_right(generator)
     rows = [make_row("dip", right=strong), make_row("plain", right=weak)]
-    (entry,) = compare_reference(rows, "dip", margin=0.01)
+    (entry,) = compare_references(rows, ["dip"], margin=0.01)
     assert entry["difference"] > 0 and entry["verdict"] == "better" and entry["problems_p_value"] < SIGNIFICANCE
-    assert claims(compare_reference(rows, "plain", margin=0.01), "exact_match") == ["worse"]
+    assert claims(compare_references(rows, ["plain"], margin=0.01), "exact_match") == ["worse"]
 
     one_problem = [[1] + [0] * 9] * NUM_SEEDS  # every seed is better, on the same problem
     rows = [make_row("dip", right=one_problem), make_row("plain", right=[[0] * 10] * NUM_SEEDS)]
-    (entry,) = compare_reference(rows, "dip", margin=0.01)
+    (entry,) = compare_references(rows, ["dip"], margin=0.01)
     assert entry["problems_p_value"] == entry["p_value"] == 1 and entry["verdict"] == "no difference shown"
 
 
 def test_equivalence_is_claimed_of_the_nll_alone():
     values = np.linspace(1, 2, NUM_SEEDS)
     same = {"nll": values, "token_ece": values, "aurc": values}
-    found = compare_reference([make_row("dip", **same), make_row("plain", **same)], "dip", margin=0.01)
+    found = compare_references([make_row("dip", **same), make_row("plain", **same)], ["dip"], margin=0.01)
     verdicts = {entry["figure"]: entry["verdict"] for entry in found}
     assert verdicts == {"nll": "equivalent", "token_ece": "no difference shown", "aurc": "no difference shown"}
 
@@ -95,7 +111,7 @@ def test_shuffled_labels_are_seldom_told_apart():
     for _ in range(num_draws):
         runs = [(draw_right(generator), generator.normal(size=NUM_SEEDS)) for _ in range(4)]
         rows = [make_row(f"m{number}", right=right, nll=nll) for number, (right, nll) in enumerate(runs)]
-        found = compare_reference(rows, "m0", margin=1e-6)
+        found = compare_references(rows, ["m0"], margin=1e-6)
         for figure in num_wrong:
             num_wrong[figure] += bool({"better", "worse"} & set(claims(found, figure)))
         num_by_problems += min(entry.get("problems_p_value", 1) for entry in found) < SIGNIFICANCE / 3

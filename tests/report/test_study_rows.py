@@ -10,6 +10,7 @@ from report.study_rows import (
     figures,
     noise_by_site,
     num_passes,
+    relative_seconds,
     spreads,
     validation_curve,
 )
@@ -17,7 +18,7 @@ from report.study_rows import (
 
 def result(scores, **tasks):
     """A result file with one answer."""
-    answers = {"one pass": {"nll": 2.0, "token_ece": 0.1, "token_brier": 0.2, "scores": scores}}
+    answers = {"one pass": {"nll": 2.0, "token_accuracy": 0.5, "token_ece": 0.1, "token_brier": 0.2, "scores": scores}}
     return {"answers": answers, "provenance": {"config": {"evaluation": {"tasks": tasks}}}}
 
 
@@ -30,13 +31,27 @@ def test_the_first_filter_is_taken_whatever_the_metric(metric, first):
     scores = {"nll": 2.0, f"{metric},{first}": 0.5, f"ece,{first}": 0.3, f"auroc,{first}": None}
     scores |= {f"{metric},flexible-extract": 0.9, "ece,flexible-extract": 0.9}
     found = figures(result({"task": scores}, task=None), "one pass")
-    assert found == {"nll": 2.0, "token_ece": 0.1, "token_brier": 0.2, "exact_match": 0.5, "answer_ece": 0.3}
+    assert found == {
+        "nll": 2.0,
+        "token_accuracy": 0.5,
+        "token_ece": 0.1,
+        "token_brier": 0.2,
+        "exact_match": 0.5,
+        "answer_ece": 0.3,
+    }
 
 
 def test_a_task_of_another_distribution_has_figures_of_its_own():
     scores = {"nll": 3.0, "exact_match,strict-match": 0.25, "ece,strict-match": 0.9}
     found = figures(result({"svamp": scores}, task=None, svamp="svamp.jsonl"), "one pass")
-    assert found == {"nll": 2.0, "token_ece": 0.1, "token_brier": 0.2, "svamp exact match": 0.25, "svamp NLL": 3.0}
+    assert found == {
+        "nll": 2.0,
+        "token_accuracy": 0.5,
+        "token_ece": 0.1,
+        "token_brier": 0.2,
+        "svamp exact match": 0.25,
+        "svamp NLL": 3.0,
+    }
     assert "svamp exact match" not in figures(result({"svamp": {"nll": 3.0}}, task=None, svamp="x"), "one pass")
 
 
@@ -71,8 +86,16 @@ def test_an_ensemble_of_copies_is_the_model_and_one_of_two_is_no_worse_than_thei
 def test_a_validation_curve_has_the_steps_of_all_seeds():
     curves = [{1: 4.0, 2: 3.0, 3: 2.0}, {1: 2.0, 2: 2.0}]
     results = [{"validation": [{"step": step, "nll": nll} for step, nll in curve.items()]} for curve in curves]
+    results[1]["validation"].append({"step": 2, "nll": 9.0})  # of the test problems
     assert validation_curve(results) == [{"step": 1, "nll": 3.0}, {"step": 2, "nll": 2.5}]
     assert validation_curve([]) == []
+
+
+def test_times_are_compared_on_the_machine_that_has_most():
+    plain = {"CPU": [10.0, 30.0], "GPU": [4.0]}
+    assert relative_seconds({"CPU": [40.0], "GPU": [5.0, 7.0]}, plain) == 1.5
+    assert relative_seconds({"CPU": [40.0], "other": [5.0, 7.0]}, plain) == 2
+    assert relative_seconds({"other": [5.0]}, plain) is None and relative_seconds({}, plain) is None
 
 
 def test_noise_is_relative_to_where_it_began():
