@@ -33,11 +33,12 @@ from report.output_folder import occupied, write_whole
 from report.provenance import versions
 from report.study_page import format_markdown, write_html
 
+BEGUN = "begun.json"  # in a cell's folder: what it shall run
 SECONDS_TO_STOP = 10  # what a process has to end by itself
 SECONDS_TO_WAIT = 2  # between looks at what other processes of the study do
 
 # A process begins as a copy of this one, which has all imports behind it, and no thread or device of its own yet.
-PROCESSES = multiprocessing.get_context("fork")
+PROCESSES = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
 
 Runner = Callable[[Cell, float | None], None]  # runs a cell, for so many seconds at most
 
@@ -53,11 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a cell's process ends too
     deadline = None if args.budget is None else time.monotonic() + args.budget
-    work = (study, run_process, args.only, deadline)
+    work = (study, run_process, args.only, deadline, time.time())
     others = [PROCESSES.Process(target=run_study, args=work) for _ in range(args.jobs - 1)]
-    for process in others:
-        process.start()
     try:
+        for process in others:
+            process.start()
         run_study(*work)
         for process in others:
             process.join()
@@ -71,10 +72,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, see recipes/configs/study-*.yaml")
     parser.add_argument("--budget", type=seconds_of, metavar="TIME", help="stop after so long, such as 90s, 10m or 2h")
-    parser.add_argument("--jobs", type=int, default=1, metavar="<n>", help="run so many cells at a time (default 1)")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="<n>", help="run so many cells at a time (default 1)"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run the cells of these methods alone")
     parser.add_argument("--report", action="store_true", help="run nothing; write the report of what is there")
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    """Read a number of the command line that is at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)  # which argparse turns into its own error
+    return number
 
 
 def seconds_of(text: str) -> float:
@@ -85,24 +96,25 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def run_study(study: StudyConfig, run: Runner, only: list[str], deadline: float | None) -> None:
+def run_study(study: StudyConfig, run: Runner, only: list[str], deadline: float | None, start: float) -> None:
     """Run the cells that are missing, one at a time, until there is none or too little time for each.
 
-    A cell that fails is left for the next start. Where other processes run the last cells of the tuning, this waits.
+    A cell that fails is left for the next start, by all processes of this one. Where other processes run the last
+    cells of the tuning, this waits.
 
     Args:
         study (`StudyConfig`): what to run.
         run (`Runner`): runs one cell.
         only (`list[str]`): the methods whose cells to run; all of them if empty.
         deadline (`float`, *optional*): by `time.monotonic()`.
+        start (`float`): when all processes of this start began, by `time.time()`.
     """
-    tried: set[Path] = set()
     while True:
         cells = [cell for cell in all_cells(study) if cell.method in (only or study.methods)]
         read = [read_cell(cell) for cell in cells]
         is_waiting = False
         for cell, found in zip(cells, read, strict=True):
-            if cell.folder in tried or found.state != "missing":
+            if found.state != "missing":
                 continue
             if deadline is not None and time.monotonic() + expected_seconds(cell.method, cells, read) > deadline:
                 continue
@@ -112,9 +124,9 @@ def run_study(study: StudyConfig, run: Runner, only: list[str], deadline: float 
                 except ValueError:
                     is_waiting = True
                     continue
-                if read_cell(cell).state != "missing":  # another process has just finished it
+                # It may have been finished by another process just now, or have failed since this start.
+                if read_cell(cell).state != "missing" or begun(cell) >= start:
                     continue
-                tried.add(cell.folder)
                 run_cell(cell, run, None if deadline is None else deadline - time.monotonic())
             break  # to look at all cells again: their values may be chosen by now
         else:
@@ -142,15 +154,23 @@ def prepare(cell: Cell) -> None:
     """Begin anew an unfinished run of another configuration or of other versions."""
     asked = {"config": dump_config(cell.config()), "distill": cell.is_distilled and dump_config(cell.distill_config())}
     text = json.dumps(asked | {"versions": versions()}, indent=1)
-    begun = cell.folder / "begun.json"
-    if not begun.exists() or begun.read_text(encoding="utf-8") != text:
+    path = cell.folder / BEGUN
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         for folder in (cell.run_folder, cell.student_folder):
             shutil.rmtree(folder, ignore_errors=True)
-    write_whole(begun, text)
+    write_whole(path, text)
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))  # the file system's own clock is behind by some milliseconds
+
+
+def begun(cell: Cell) -> float:
+    """When a cell was last begun, by `time.time()`; 0 if never."""
+    path = cell.folder / BEGUN
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def run_process(cell: Cell, seconds_left: float | None) -> None:
-    """Run a cell in a process of its own, which is ended when its time is over or this one ends."""
+    """Run a cell in a process of its own, which is ended when its time is over or this one is told to end."""
     process = PROCESSES.Process(target=run_logged, args=(cell,))
     process.start()
     try:
@@ -162,7 +182,7 @@ def run_process(cell: Cell, seconds_left: float | None) -> None:
 def run_logged(cell: Cell) -> None:
     """Run a cell with all that it prints in its `log.txt`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    log = os.open(cell.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(cell.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(log, descriptor)
         setattr(sys, stream, os.fdopen(descriptor, "w", buffering=1, closefd=False))

@@ -1,6 +1,7 @@
 """What the cells of a study say: which are done, which value of each method is chosen, and the report's figures."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -49,6 +50,7 @@ def read_cell(cell: Cell) -> CellResult:
     if differing := _differences(results, cell):
         return CellResult("other", f"ran with another {', '.join(differing)}", results=results)
     nll = {answer: values["nll"] for answer, values in results["answers"].items()}
+    nll = {answer: math.inf if math.isnan(value) else value for answer, value in nll.items()}  # of one that diverged
     return CellResult("done", seconds=results["seconds"]["cell"], nll=nll, results=results)
 
 
@@ -142,10 +144,12 @@ def _rows(study: StudyConfig, read: dict, chosen: dict, tuned: dict) -> list[dic
 def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> dict:
     """One method with one way of answering, over the seeds that have it."""
     cells = {str(seed): Cell(study, "final", name, value, seed) for seed in study.seeds}
-    done = {seed: read[cell.folder].results for seed, cell in cells.items() if answer in read[cell.folder].nll}
+    nll = {seed: read[cell.folder].nll[answer] for seed, cell in cells.items() if answer in read[cell.folder].nll}
+    done = {seed: read[cells[seed].folder].results for seed, value in nll.items() if value < math.inf}
     row: dict[str, Any] = {"method": name, "answer": answer, "num_passes": num_passes(answer)}
     row |= {"setting": study.methods[name].setting, "value": value, "validation_nll": None, "num_seeds": len(done)}
     row["files"] = {seed: _relative_file(cells[seed]) for seed in done}
+    row["diverged"] = [seed for seed in nll if seed not in done]
     row["figures"] = spreads({seed: figures(result, answer) for seed, result in done.items()})
     answers = {seed: pair for seed, result in done.items() if (pair := generated(result, answer))}
     row["right"] = {seed: "".join(map(str, correct)) for seed, (_, correct) in answers.items()}
@@ -170,18 +174,20 @@ def _relative_file(cell: Cell) -> str:
 
 
 def _deep_ensembles(study: StudyConfig, read: dict, rows: list[dict]) -> list[dict]:
-    """Join the plain runs of disjoint groups of seeds, where all the seeds of a row have their tokens' file.
+    """Join the plain runs of disjoint groups of seeds: of those that have their tokens' file, of the same problems.
 
     Of their calibration nothing can be said: the files have the target's probability and not the others'.
     """
     plain = next((row for row in rows if row["method"] == PLAIN and row["answer"] == "one pass"), None)
     if plain is None:
         return []
-    members, found = {}, []
+    members, lengths, found = {}, None, []
     for seed, file in plain["files"].items():
         path = Path(study.output_dir, file)
-        log_probs = token_log_probs(read[path.parent].results, path.with_name("tokens.safetensors"), "one pass")
-        if log_probs is not None:
+        results = read[path.parent].results
+        log_probs = token_log_probs(results, path.with_name("tokens.safetensors"), ONE_PASS)
+        lengths = lengths or results["answers"][ONE_PASS]["problems"]["num_tokens"]
+        if log_probs is not None and results["answers"][ONE_PASS]["problems"]["num_tokens"] == lengths:
             members[seed] = log_probs
     for size in sorted({ENSEMBLE_SIZE} | {row["num_passes"] for row in rows if row["num_passes"] > 1}):
         seeds = list(members)

@@ -181,7 +181,7 @@ PICTURES: list[tuple[str, str, Callable[[dict], Any]]] = [
     ("Cost against quality", "Mean over seeds. Lower and further left is better.", draw_cost),
     ("Reliability of the generated answers", "All seeds together; a point is as large as its bin.", draw_reliability),
     ("Risk and coverage of the generated answers", "All seeds together.", draw_risk_coverage),
-    ("Learned noise by depth", "Mean over seeds of each site's median channel.", draw_noise),
+    ("Learned noise by depth", "Mean over seeds of each site's mean over channels.", draw_noise),
     ("Validation during training", "Mean over seeds; a run answers with its best step.", draw_validation),
 ]
 

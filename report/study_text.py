@@ -186,6 +186,10 @@ def gaps(summary: dict) -> list[str]:
         said.append(
             f"No {', no '.join(absent)}: too few plain cells have their tokens.safetensors, which are not committed."
         )
+    if diverged := [
+        f"{row['method']} ({row['answer']}, {len(row['diverged'])})" for row in summary["rows"] if row["diverged"]
+    ]:
+        said.append(f"Seeds that diverged, so that their NLL is no number, are left out of: {', '.join(diverged)}.")
     if len(summary["commits"]) > 1:
         said.append(f"The cells come from {len(summary['commits'])} commits: {', '.join(summary['commits'])}.")
     if len(summary["hardware"]) > 1:

@@ -71,7 +71,13 @@ class TwoPasses(Regularizer):
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a batch once: its data loss, a scalar, and the logits at its supervised tokens, of shape `(N, V)`."""
         loss, outputs = batch.run(outputs=True)
-        name, network, logits = type(self).__name__, self._network, outputs.logits
+        name, network = type(self).__name__, self._network
+        if not hasattr(outputs, "logits"):
+            raise ValueError(
+                f"{name} compares predictions, and what computes the loss gives none: leave `forward` of "
+                "`regularizer.backward` out, or use DipTrainer."
+            )
+        logits = outputs.logits
         if "labels" not in batch.inputs:
             raise ValueError(
                 f"{name} compares predictions at labels, and the batch has none, only {sorted(batch.inputs)}: it "

@@ -89,7 +89,7 @@ def writes(nll_of, seconds=0.0):
 
 def finish(path, run, **arguments):
     """Run what is missing of a study, and return it."""
-    run_study(load_study(path), run, **{"only": [], "deadline": None, **arguments})
+    run_study(load_study(path), run, **{"only": [], "deadline": None, "start": time.time(), **arguments})
     return load_study(path)
 
 
@@ -257,6 +257,19 @@ def test_a_process_is_ended_when_its_time_is_over(make_study, monkeypatch):
     cell.folder.mkdir(parents=True)
     run_process(cell, 0.01)
     assert processes[0].exitcode == -signal.SIGTERM and read_cell(cell).state == "missing"
+
+
+def test_a_cell_that_fails_is_left_for_the_next_start_by_every_process(make_study):
+    path, begun, start = make_study(seeds=[0]), [], time.time()
+
+    def fails(cell, seconds_left):
+        begun.append(cell.folder)
+
+    finish(path, fails, start=start)
+    finish(path, fails, start=start)  # another process of that start
+    assert len(begun) == len(set(begun)) == 4
+    finish(path, fails)
+    assert len(begun) == 8
 
 
 def test_two_processes_never_run_the_same_cell(make_study):

@@ -27,7 +27,7 @@ def make_cell(model_folder, problems_folder, tmp_path):
     study = {
         "base": str(tmp_path / "base.yaml"),
         "output_dir": str(tmp_path / "study"),
-        "reference": "dip",
+        "references": ["dip"],
         "margin": 0.01,
         "tuning_seeds": [0],
         "seeds": [0],

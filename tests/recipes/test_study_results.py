@@ -1,6 +1,7 @@
 """What a study's result files say: values chosen, rows, comparisons and what is never claimed."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -112,6 +113,21 @@ def test_each_answer_takes_the_value_that_was_best_for_it_over_the_tuning_seeds(
     }
 
 
+def test_a_value_that_diverged_is_not_chosen_and_a_seed_that_did_is_left_out(make_study):
+    study = make_study()
+    tune(study, lambda cell, name: math.nan if cell.value in (0.0, 0.1) else cell.value)
+    assert choose(study)["plain"] == {"one pass": 0.5} and choose(study)["dip"]["one pass"] == 0.3
+    for seed in study.seeds:
+        for method, value in (("plain", 0.5), ("dip", 0.3)):
+            nll = math.nan if (method, seed) == ("plain", 3) else 2.0 + seed
+            write_cell(Cell(study, "final", method, value, seed), {"one pass": answer(nll)})
+    row = row_of(summarize(study), "plain")
+    assert row["diverged"] == ["3"] and row["num_seeds"] == len(study.seeds) - 1
+    assert row["figures"]["nll"]["mean"] == pytest.approx(2.0 + (sum(study.seeds) - 3) / 11)
+    compared = next(row for row in summarize(study)["comparisons"] if row["method"] == "plain")
+    assert (compared["num_pairs"], compared["difference"]) == (11, 0.0)
+
+
 def test_a_cell_is_missing_unfinished_other_or_done(make_study):
     study = make_study()
     cell = Cell(study, "final", "dip", 0.1, 0)
@@ -213,3 +229,16 @@ def test_a_deep_ensemble_is_the_mean_of_disjoint_groups_of_plain_runs(make_study
     save_file({"one pass": np.zeros((5, 3), np.float32)}, stale)  # of another run than the result file
     row = row_of(summarize(study), "deep ensemble of 4 (plain)", "mean of 4")
     assert list(row["figures"]["nll"]["values"]) == ["1+2+3+4", "5+6+7+8"]
+
+
+def test_a_deep_ensemble_joins_no_runs_whose_problems_are_in_another_order(make_study):
+    study = make_study(seeds=list(range(5)))
+    tune(study)
+    for seed in study.seeds:
+        given = answer(float(np.log(2)), num_tokens=4)
+        given["problems"]["num_tokens"] = [3, 1] if seed == 1 else [1, 3]
+        cell = Cell(study, "final", "plain", 0.0, seed)
+        write_cell(cell, {"one pass": given})
+        save_file({"one pass": np.log(np.full((4, 3), 0.5, np.float32))}, cell.folder / "tokens.safetensors")
+    row = row_of(summarize(study), "deep ensemble of 4 (plain)", "mean of 4")
+    assert list(row["figures"]["nll"]["values"]) == ["0+2+3+4"]

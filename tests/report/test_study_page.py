@@ -23,7 +23,12 @@ def row(method, answer="one pass", nll=2.0, **changed):
         "seconds": {"a CPU": [2.0, 4.0]},
         "relative_seconds": 1.5,
     }
-    made |= {"files": {"0": f"{answer[:3]}/0/result.json", "1": "x/1/result.json"}, "figures": figures, "right": {}}
+    made |= {
+        "files": {"0": f"{answer[:3]}/0/result.json", "1": "x/1/result.json"},
+        "figures": figures,
+        "right": {},
+        "diverged": [],
+    }
     made |= {"curves": {"reliability": bins, "risk_coverage": [[0.5, 0.1], [1.0, 0.2]]}}
     made |= {"validation": [{"step": 1, "nll": 3.0}], "noise": [{"name": "layer", "relative_std": 1.5}]}
     return made | changed
