@@ -194,8 +194,8 @@ def _comparisons(summary: dict, ours: dict) -> Table:
     ]
     return Table(
         f"{ours['method']}, {ours['answer']}, against the others",
-        f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is. Of "
-        "exact match McNemar's p over problems too, before any correction.",
+        f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is. "
+        "Of exact match McNemar's p over problems too, before any correction.",
         ("other", "its answer", *(HEADINGS[name] for name in names), "its result files"),
         rows,
     )
