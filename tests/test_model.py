@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -145,6 +145,20 @@ def test_unload_gives_the_base_model_back():
         unloaded, DipConfig(weights="frozen", init_noise_std=0.05), calibration=[make_batch("llama")]
     )
     assert_same(again, calibrated_model(weights="frozen", init_noise_std=0.05))
+
+
+def test_a_finished_adapter_gets_noise_without_training(tmp_path):
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # as a trained one: B is not zero
+    finished, batch = get_peft_model(build_with_outliers(), lora).eval(), make_outlier_batch()
+    expected = logits(finished, batch)
+    finished.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    model = get_dip_model(merged, DipConfig(weights="frozen"), calibration=[batch])
+    assert torch.allclose(logits(model, batch), expected, atol=1e-4)
+    with model.ensemble(num_samples=4):
+        assert not torch.allclose(logits(model, batch), expected, atol=1e-2)
+    model.save_pretrained(tmp_path / "noise")
+    assert_same(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "noise"), model)
 
 
 @pytest.mark.parametrize("target_sites", ["linear", "embedding"])
