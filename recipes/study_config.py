@@ -53,8 +53,8 @@ class StudyConfig:
         tuning_seeds (`list[int]`): each value of a method is tried with these.
         seeds (`list[int]`): the chosen values are run with these.
         methods (`dict`): the fields of `MethodConfig` by a method's name.
-        num_finalists (`int`, *optional*): only the references, `plain` and so many others run with `seeds`: those of
-            the least validation NLL in one pass, once all are tuned. Null is all.
+        num_finalists (`int`, *optional*): only the references, what is called `plain...`, and so many others run with
+            `seeds`: those of the least validation NLL in one pass, once all are tuned. Null is all.
         set (`dict`): keys of the base that all methods change, dotted.
         final_set (`dict`): more of them for the runs with the chosen values, such as what costs time to score.
         distill (`dict`, *optional*): the fields of a `DistillConfig` but for the teacher, and the folder and seed of

@@ -98,7 +98,7 @@ def finalists(study: StudyConfig) -> dict[str, dict[str, Any]]:
     chosen, tuned = choose(study), validation_nll(study)
     if study.num_finalists is None:
         return chosen
-    kept = {*study.references, PLAIN}
+    kept = {*study.references, *(name for name in chosen if name.startswith(PLAIN))}
     if chosen.keys() == study.methods.keys():
         others = sorted(chosen.keys() - kept, key=lambda name: min(tuned[name][ONE_PASS]))
         kept.update(others[: study.num_finalists])
