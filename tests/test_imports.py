@@ -39,6 +39,7 @@ TABLE = {
     "chunked_loss": Row(ours="objective", others="torch"),
     "batches": Row(others="torch"),
     "contexts": Row(others="torch"),
+    "modes": Row(others="torch"),
     "sharding": Row(others="torch", lazy="deepspeed"),
     "uncertainty": Row(others="numpy torch"),
     "kernels": Row(others="torch triton"),
@@ -56,7 +57,7 @@ TABLE = {
     "calibration_loss": Row(
         ours="architecture batches data_loss hidden_states scale sharding", others="accelerate torch"
     ),
-    "calibration": Row(ours="calibration_loss config projection scale sharding", others="torch"),
+    "calibration": Row(ours="calibration_loss config modes projection scale sharding", others="torch"),
     "weights": Row(ours="config", others="peft safetensors torch"),
     "passes": Row(ours="architecture draws late_expansion layout noise projection", others="torch"),
     "sampled_rows": Row(ours="architecture contexts late_expansion", others="torch transformers"),
@@ -81,10 +82,10 @@ TABLE = {
         others="accelerate peft torch transformers",
     ),
     "progress": Row(others="transformers"),
-    "generation_callback": Row(ours="architecture", others="torch transformers"),
+    "generation_callback": Row(ours="architecture modes", others="torch transformers"),
     "sft_trainer": Row(ours="trainer trl_trainers", others="torch transformers trl"),
     "regularizers": Row(
-        ours="architecture batches config contexts ensemble generation logvar_groups noise sampled_rows trainer "
+        ours="architecture batches config contexts ensemble generation logvar_groups modes noise sampled_rows trainer "
         "uncertainty",
         others="peft safetensors torch transformers",
     ),
@@ -95,7 +96,7 @@ TABLE = {
         ours="answers ensemble model noise regularizers responses sampled_rows",
         others="lm_eval peft torch transformers",
     ),
-    "diagnostics": Row(ours="architecture batches public uncertainty", others="numpy peft torch", lazy="scipy"),
+    "diagnostics": Row(ours="architecture batches modes public uncertainty", others="numpy peft torch", lazy="scipy"),
     # transformers.Trainer imports datasets, and trl everything: only who asks for a trainer pays for it.
     "__init__": Row(
         ours="config ensemble loss model objective registry", lazy="generation_callback sft_trainer trainer"

@@ -379,9 +379,12 @@ def test_scoring_from_end_to_end_leaves_no_trace(model, tokenizer, problems, wri
     for numbers in scores.values():
         assert numbers.pop("n") == 4
         filters = ("strict-match", "flexible-extract")
-        assert set(numbers) == {
-            f"{metric},{name}" for metric in ("exact_match", "exact_match_stderr", "ece") for name in filters
-        }
+        for name in filters:
+            correct, confidence = numbers.pop(f"correct,{name}"), numbers.pop(f"confidence,{name}")
+            assert len(correct) == len(confidence) == 4 and set(correct) <= {0, 1}
+            assert sum(correct) / 4 == numbers[f"exact_match,{name}"]
+        figures = ("exact_match", "exact_match_stderr", "ece", "brier", "aurc")  # and auroc, if not all are wrong
+        assert set(numbers) == {f"{figure},{name}" for figure in figures for name in filters}
         assert all(type(value) is float for value in numbers.values())
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
