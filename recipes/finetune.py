@@ -6,9 +6,9 @@
     accelerate launch recipes/finetune.py recipes/configs/qwen2.5-7b-gsm8k.yaml --plan 80
 
 Plain `python` works too. The output folder receives the model or adapter, the tokenizer, `config.yaml`, the held-out
-problems in `data/test.jsonl`, `results.json` and `losses.png`. `dip: null` in the configuration is plain fine-tuning
-of the same weights on the same data in the same order. A run that was interrupted resumes from its last checkpoint
-when started again with the same configuration.
+problems in `data/test.jsonl`, what was predicted of their tokens in `data/tokens.safetensors`, `results.json` and
+`losses.png`. `dip: null` in the configuration is plain fine-tuning of the same weights on the same data in the same
+order. A run that was interrupted resumes from its last checkpoint when started again with the same configuration.
 """
 
 import argparse
