@@ -152,14 +152,17 @@ def conditions(summary: dict) -> list[str]:
     return [
         f"Each of {len(study['methods'])} methods was tuned by {num_trials} values of one setting with "
         f"{len(study['tuning_seeds'])} seed(s) on validation problems; each answer takes the value that was best for "
-        "it, a distilled model the one of the mean that it learns from. The test problems were scored once per cell.",
+        "it, a distilled model the one of the mean that it learns from. What else a method sets (`set` in study.json) "
+        "is not tuned here, and may come from earlier runs on such problems. The test problems were scored once per "
+        "cell.",
         "NLL is in nats per answer token, lower is better; token figures are of the likeliest token against the "
         "target. Intervals are bootstrap intervals of the mean over seeds, at 99%.",
         f"Each of {', '.join(study['references'])} is compared with what takes as many passes at inference. "
         "Differences are paired by seed: Wilcoxon's signed-rank test, with Holm's correction over the methods that "
-        f"one answer is compared with by one figure; a claim needs p < {SIGNIFICANCE:g}. Equivalence is claimed of "
-        f"the NLL alone, by an interval within {study['margin']:g} nats. Exact match must differ over seeds and, by "
-        "McNemar's test on how many seeds have each problem right, over problems: p is the larger of the two.",
+        f"one answer is compared with by one figure; a claim needs p < {SIGNIFICANCE:g}, and several answers and "
+        "figures are several chances of a false one. Equivalence is claimed of the NLL alone, by an interval within "
+        f"{study['margin']:g} nats. Exact match must differ over seeds and, by McNemar's test on how many seeds have "
+        "each problem right, over problems: p is the larger of the two.",
         "A deep ensemble is the mean probability of as many plain runs, by groups of seeds that share none: too few "
         "groups for a test.",
         "The best other method is the one of the least mean NLL, of the test problems where it has any: this choice "
