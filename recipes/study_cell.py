@@ -75,9 +75,14 @@ def _train_seconds(run: dict) -> float | None:
 
 
 def _validation(log_history: list[dict]) -> list[dict[str, float]]:
-    """The evaluations on the way; those after the training are of other problems and answers, and of its last step."""
+    """The evaluations on the way: not those after the training, which are of other problems and answers.
+
+    Where the training had ended before this process began, they are told by their step, which is the last one's.
+    """
     by_step: dict[int, float] = {}
     for entry in log_history:
+        if "train_runtime" in entry:
+            break
         if "eval_nll" in entry:
             by_step.setdefault(entry["step"], entry["eval_nll"])
     return [{"step": step, "nll": nll} for step, nll in by_step.items()]
