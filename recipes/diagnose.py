@@ -40,6 +40,7 @@ from dipnet_hf.diagnostics import (
     trace,
     weight_robustness,
 )
+from recipes.arguments import positive
 from recipes.data import choose_chat, first_rows, heldout_set, make_collator, prepare_data
 from recipes.finished_run import FinishedRun, load_network, read_run
 from recipes.rows import load_rows
@@ -123,14 +124,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shift", metavar="FILE", help="rows from elsewhere: a file of one of the formats")
     parser.add_argument("--seed", type=int, default=0, help="of noise, directions and samples (0)")
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Read a number of the command line that is at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)  # which argparse turns into its own error
-    return number
 
 
 # ---- rows and networks ----

@@ -33,6 +33,7 @@ from dipnet_hf.card import read_noise
 from dipnet_hf.regularizers import regularize
 from dipnet_hf.regularizers.samples import SampledRegularizer
 from dipnet_hf.sharding import whole_shape
+from recipes.arguments import positive
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, make_collator, prepare_data
 from recipes.evaluation import TOKENS_FILE, TokenMetrics, evaluate, save_tokens, score_tasks
@@ -193,14 +194,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="print memory and time per step on this machine, or on GPUs of so many GiB, and stop",
     )
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Read a number of the command line that is at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)  # which argparse turns into its own error
-    return number
 
 
 def positive_gib(text: str) -> float:

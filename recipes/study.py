@@ -26,6 +26,7 @@ if not __package__:  # run as a script: Python put recipes/ on the path, and the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes import study_cell
+from recipes.arguments import positive
 from recipes.config import dump_config
 from recipes.study_config import Cell, StudyConfig, final_cells, load_study, tuning_cells
 from recipes.study_results import CellResult, finalists, read_cell, summarize
@@ -78,14 +79,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run the cells of these methods alone")
     parser.add_argument("--report", action="store_true", help="run nothing; write the report of what is there")
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Read a number of the command line that is at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)  # which argparse turns into its own error
-    return number
 
 
 def seconds_of(text: str) -> float:
