@@ -18,6 +18,7 @@ from recipes.data import make_collator, prepare_data
 from recipes.evaluation import TOKENS_FILE, TokenMetrics, evaluate, save_tokens, score_tasks
 from recipes.running import load_base, load_tokenizer, model_dtype, write_results
 from recipes.study_config import Cell
+from recipes.study_smoothness import measure_smoothness
 from report.output_folder import write_whole
 
 ONE_PASS, DISTILLED = "one pass", "distilled"
@@ -51,6 +52,10 @@ def run_cell(cell: Cell) -> None:
         result["seconds"]["distillation"] = _train_seconds(_read(cell.student_folder))
         result["distillation"] = asdict(cell.distill_config())
         answers[DISTILLED], tokens[DISTILLED] = _score_student(cell.student_folder, config)
+    if cell.phase == "final" and (num_problems := cell.study.num_smoothness_problems) is not None:
+        for answer, folder in ((ONE_PASS, cell.run_folder), (DISTILLED, cell.student_folder)):
+            if answer in answers:
+                answers[answer]["smoothness"] = measure_smoothness(str(folder), config, num_problems)
     result["seconds"]["cell"] = time.monotonic() - begin
     if is_resumed:  # what went before is not known
         result["seconds"] = dict.fromkeys(result["seconds"])

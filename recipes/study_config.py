@@ -57,6 +57,8 @@ class StudyConfig:
             `seeds`: those of the least validation NLL in one pass, once all are tuned. Null is all.
         set (`dict`): keys of the base that all methods change, dotted.
         final_set (`dict`): more of them for the runs with the chosen values, such as what costs time to score.
+        num_smoothness_problems (`int`, *optional*): measure with so many held-out problems how smooth the networks of
+            the runs with the chosen values are; null does not.
         distill (`dict`, *optional*): the fields of a `DistillConfig` but for the teacher, and the folder and seed of
             the training; null distils nothing.
 
@@ -72,6 +74,7 @@ class StudyConfig:
     seeds: list[int]
     methods: dict[str, MethodConfig]
     num_finalists: int | None = None
+    num_smoothness_problems: int | None = None
     set: dict[str, Any] = field(default_factory=dict)
     final_set: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] | None = None
@@ -85,8 +88,10 @@ class StudyConfig:
             )
         if not (isinstance(self.margin, (int, float)) and self.margin > 0):
             raise ValueError(f"margin must be positive, got {self.margin!r}.")
-        if self.num_finalists is not None and not (type(self.num_finalists) is int and self.num_finalists > 0):
-            raise ValueError(f"num_finalists must be positive or null, got {self.num_finalists!r}.")
+        for name in ("num_finalists", "num_smoothness_problems"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise ValueError(f"{name} must be positive or null, got {value!r}.")
         num_trials = {name: len(method.values) for name, method in self.methods.items()}
         if len(set(num_trials.values())) > 1:
             raise ValueError(f"Every method needs as many values as the others, got {num_trials}.")
@@ -103,7 +108,12 @@ class StudyConfig:
         for cell in tuning_cells(self):
             cell.config()
             final = cell._replace(phase="final")
-            final.config()
+            config = final.config()
+            if self.num_smoothness_problems is not None and config.quantization is not None:
+                raise ValueError(
+                    "num_smoothness_problems needs second derivatives, which a quantized base does not have: set it to "
+                    "null."
+                )
             if final.is_distilled:
                 final.distill_config()
 

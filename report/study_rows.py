@@ -23,6 +23,9 @@ HEADINGS = {
     "answer_brier": "answer Brier",
     "auroc": "AUROC",
     "aurc": "AURC",
+    "lipschitz": "Lipschitz constant",
+    "layer_noise_rise": "NLL rise, noise at the layers",
+    "weight_noise_rise": "NLL rise, noise in the weights",
 }
 HIGHER_IS_BETTER = ("token_accuracy", "exact_match", "auroc")
 PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
@@ -55,6 +58,7 @@ def figures(result: dict, answer: str) -> dict[str, float]:
     """
     values = result["answers"][answer]
     found = {name: values[name] for name in ("nll", "token_accuracy", "token_ece", "token_brier")}
+    found |= values.get("smoothness", {})
     for task, scores in values["scores"].items():
         of_task = _scores(scores)
         if task == own_task(result):

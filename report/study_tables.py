@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import NamedTuple
 
+from scipy.stats import spearmanr
+
 from report.comparison import SIGNIFICANCE
 from report.study_families import COMPARED, compared_of
 from report.study_rows import HEADINGS, MOST_SECONDS, PLAIN, plain_at_equal_time, row_name, rows_of_equal_cost
@@ -11,6 +13,7 @@ from report.study_rows import HEADINGS, MOST_SECONDS, PLAIN, plain_at_equal_time
 FIRST_HEADINGS = ("method", "answer", "seeds")
 TOKEN_FIGURES = ("nll", "token_accuracy", "token_ece", "token_brier")
 ANSWER_FIGURES = ("exact_match", "answer_ece", "answer_brier", "auroc", "aurc")
+SMOOTHNESS = ("lipschitz", "layer_noise_rise", "weight_noise_rise")
 VERDICTS = {
     "better": "better than {}",
     "worse": "worse than {}",
@@ -47,6 +50,7 @@ def tables(summary: dict) -> list[Table]:
         _figures("Held-out problems", "The given answers, token by token.", summary, TOKEN_FIGURES),
         _figures("Generated answers", "By the task's first filter, such as strict-match.", summary, ANSWER_FIGURES),
         _figures("Another distribution", "Problems of other data sets.", summary, list(dict.fromkeys(others))),
+        _smoothness(summary),
         *(_comparisons(summary, row) for row in references),
         _costs(summary),
         _tuning(summary),
@@ -142,6 +146,21 @@ def _figures(title: str, explanation: str, summary: dict, names: Sequence[str]) 
     ]
     explanation += " Mean ± standard deviation, and the 99% interval of the mean."
     return Table(title, explanation, (*FIRST_HEADINGS, *(HEADINGS.get(n, n) for n in shown), "result files"), rows)
+
+
+def _smoothness(summary: dict) -> Table:
+    """Lay out how smooth the networks are beside their loss, and whether the smoother ones have less of it."""
+    rows = [row for row in summary["rows"] if SMOOTHNESS[0] in row["figures"]]
+    explanation = (
+        "Of the network that answers without noise: the local Lipschitz constant of its logits at the embeddings, for a "
+        "move as long as a typical token; and by how much the NLL rises under noise. Lower is smoother."
+    )
+    if len(rows) > 2:
+        nll = [row["figures"]["nll"]["mean"] for row in rows]
+        by_name = {name: [row["figures"][name]["mean"] for row in rows] for name in SMOOTHNESS}
+        correlations = (f"{HEADINGS[name]} {spearmanr(values, nll)[0]:+.2f}" for name, values in by_name.items())
+        explanation += f" Rank correlation with the NLL over these {len(rows)} rows: {', '.join(correlations)}."
+    return _figures("Smoothness beside generalization", explanation, {**summary, "rows": rows}, ("nll", *SMOOTHNESS))
 
 
 def _costs(summary: dict) -> Table:
