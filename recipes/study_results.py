@@ -137,7 +137,7 @@ def _rows(study: StudyConfig, read: dict, chosen: dict, tuned: dict) -> list[dic
             distilled = _row(study, read, name, "distilled", value)
             if num_passes(answer) > 1 and distilled["num_seeds"]:
                 rows.append(distilled)
-    plain: dict[str, list[float]] = next((row["seconds"] for row in rows if row["method"] == PLAIN), {})
+    plain: dict[str, dict[str, float]] = next((row["seconds"] for row in rows if row["method"] == PLAIN), {})
     return [row | {"relative_seconds": relative_seconds(row["seconds"], plain)} for row in rows]
 
 
@@ -156,8 +156,8 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     row["curves"] = answer_curves(list(answers.values())) if answers else None
     row["validation"] = validation_curve(list(done.values()))
     row["noise"] = noise_by_site(list(done.values()))
-    tuned = (read[Cell(study, "tuning", name, value, seed).folder].results for seed in study.tuning_seeds)
-    row["seconds"] = _seconds_by_machine([*done.values(), *tuned], answer)
+    tuned = {str(s): read[Cell(study, "tuning", name, value, s).folder].results for s in study.tuning_seeds}
+    row["seconds"] = _seconds_by_machine(tuned | done, answer)
     return row
 
 
@@ -197,7 +197,9 @@ def _deep_ensembles(study: StudyConfig, read: dict, rows: list[dict]) -> list[di
         row |= {"validation_nll": None, "right": {}, "curves": None, "validation": [], "noise": None}
         row |= {"figures": spreads(nll), "num_seeds": size * len(groups), "is_deep_ensemble": True}
         row["files"] = {seed: plain["files"][seed] for group in groups for seed in group}
-        row["seconds"] = {machine: [size * one for one in seconds] for machine, seconds in plain["seconds"].items()}
+        row["seconds"] = {
+            machine: {seed: size * one for seed, one in by_seed.items()} for machine, by_seed in plain["seconds"].items()
+        }
         row["relative_seconds"] = plain["relative_seconds"] and size * plain["relative_seconds"]
         found.append(row)
     return found
@@ -226,14 +228,14 @@ def _machine(results: dict) -> str:
     return hardware.get("gpu") or hardware["cpu"]
 
 
-def _seconds_by_machine(results: list[dict], answer: str) -> dict[str, list[float]]:
-    """The times of training, which is the same in both phases; of a distilled model with those of the distillation.
+def _seconds_by_machine(results: dict[str, dict], answer: str) -> dict[str, dict[str, float]]:
+    """The times of training by machine and seed; the same in both phases; of a distilled model with the distillation's.
 
     Cells that were interrupted have none, nor have those of the tuning of a distillation.
     """
-    found: dict[str, list[float]] = {}
-    for result in results:
+    found: dict[str, dict[str, float]] = {}
+    for seed, result in results.items():
         parts = [result["seconds"].get(name) for name in ("training", *["distillation"] * (answer == "distilled"))]
         if None not in parts:
-            found.setdefault(_machine(result), []).append(sum(parts))
+            found.setdefault(_machine(result), {})[seed] = sum(parts)
     return found

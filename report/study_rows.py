@@ -5,7 +5,7 @@ A cell's `result` is its `result.json`, an `answer` one entry of `result["answer
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -138,17 +138,23 @@ def noise_by_site(results: Sequence[dict]) -> list[dict] | None:
     ]
 
 
-def relative_seconds(seconds: Mapping[str, Sequence[float]], of_plain: Mapping[str, Sequence[float]]) -> float | None:
-    """Compare mean times on one machine: the one with most of the row's and any of plain's; None without one.
+def relative_seconds(
+    seconds: Mapping[str, Mapping[str, float]], of_plain: Mapping[str, Mapping[str, float]]
+) -> float | None:
+    """Compare times on one machine: the median over seeds of a row's time over plain's; None without a pair.
+
+    Cells of one seed run one after another, so that what else the machine did then slowed down both, or a few pairs.
 
     Args:
-        seconds, of_plain: the times by machine; those of two machines do not compare.
+        seconds, of_plain: the times by machine and seed; those of two machines do not compare. That of most pairs
+            counts.
     """
-    shared = [machine for machine in seconds if machine in of_plain]
-    if not shared:
-        return None
-    machine = max(shared, key=lambda name: len(seconds[name]))
-    return mean(seconds[machine]) / mean(of_plain[machine])
+    ratios = (
+        [time / of_plain[machine][seed] for seed, time in by_seed.items() if seed in of_plain.get(machine, {})]
+        for machine, by_seed in seconds.items()
+    )
+    most = max(ratios, key=len, default=[])
+    return median(most) if most else None
 
 
 def rows_of_equal_cost(rows: Sequence[dict]) -> list[dict]:

@@ -1,7 +1,7 @@
 """The tables of a study's report, as text that Markdown and HTML share."""
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import median
 from typing import NamedTuple
 
 from scipy.stats import spearmanr
@@ -168,7 +168,9 @@ def _costs(summary: dict) -> Table:
     rows = []
     for row in summary["rows"]:
         loss = "-" if row["validation_nll"] is None else f"{row['validation_nll']:.4f}"
-        measured = (f"{mean(times):.0f} s on {machine}, n = {len(times)}" for machine, times in row["seconds"].items())
+        measured = (
+            f"{median(times.values()):.0f} s on {machine}, n = {len(times)}" for machine, times in row["seconds"].items()
+        )
         seconds = "\n".join(measured) or "-"
         relative = _times(row["relative_seconds"])
         texts = (f"{row['setting']}={row['value']}", loss, seconds, relative, str(row["num_passes"]))
@@ -176,7 +178,7 @@ def _costs(summary: dict) -> Table:
     header = ("tuned value", "validation NLL", "training", f"over {PLAIN}", "passes at inference", "result files")
     return Table(
         "Settings and cost",
-        "Training includes distillation; n cells of both phases.",
+        "Training includes distillation: the median of n cells of both phases, and that over plain's of the same seeds.",
         (*FIRST_HEADINGS, *header),
         rows,
     )

@@ -28,6 +28,11 @@ METHODS = {
     "dip": {"setting": "dip.init_noise_std", "values": [0.1, 0.3], "num_samples": 2},
 }
 
+QUANTIZED = {
+    "num_smoothness_problems": 1,
+    "set": {"weights": {"peft_type": "LORA", "r": 2}, "quantization": {"load_in_8bit": True}},
+}
+
 
 @pytest.fixture
 def make_study(model_folder, problems_folder, tmp_path):
@@ -329,6 +334,8 @@ def test_an_occupied_cell_is_left_to_its_process(make_study):
         ({"tuning_seeds": []}, "tuning_seeds must be a list"),
         ({"margin": 0}, "margin must be positive"),
         ({"num_finalists": 0}, "num_finalists must be positive"),
+        ({"num_smoothness_problems": 0}, "num_smoothness_problems must be positive"),
+        (QUANTIZED, "num_smoothness_problems needs second derivatives"),
         ({"budget": 1}, "Unknown key budget"),
         ({"distill": {"teacher": "runs/it"}}, "Unknown key distill.teacher"),
         ({"distill": {"num_samples": 0}}, "num_samples must be"),

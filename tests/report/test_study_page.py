@@ -20,7 +20,7 @@ def row(method, answer="one pass", nll=2.0, **changed):
         "setting": "lr",
         "value": 1,
         "validation_nll": 2.5,
-        "seconds": {"a CPU": [2.0, 4.0]},
+        "seconds": {"a CPU": {"0": 2.0, "1": 4.0}},
         "relative_seconds": 1.5,
     }
     made |= {

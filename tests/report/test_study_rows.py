@@ -91,11 +91,13 @@ def test_a_validation_curve_has_the_steps_of_all_seeds():
     assert validation_curve([]) == []
 
 
-def test_times_are_compared_on_the_machine_that_has_most():
-    plain = {"CPU": [10.0, 30.0], "GPU": [4.0]}
-    assert relative_seconds({"CPU": [40.0], "GPU": [5.0, 7.0]}, plain) == 1.5
-    assert relative_seconds({"CPU": [40.0], "other": [5.0, 7.0]}, plain) == 2
-    assert relative_seconds({"other": [5.0]}, plain) is None and relative_seconds({}, plain) is None
+def test_times_are_compared_by_seed_on_the_machine_that_has_most_pairs():
+    plain = {"CPU": {"0": 10.0, "1": 30.0}, "GPU": {"0": 4.0, "1": 4.0, "2": 40.0}}
+    assert relative_seconds({"CPU": {"0": 40.0}, "GPU": {"0": 5.0, "1": 7.0, "2": 60.0}}, plain) == 1.5
+    assert relative_seconds({"CPU": {"0": 40.0}, "other": {"0": 5.0, "1": 7.0}}, plain) == 4
+    assert relative_seconds({"other": {"0": 5.0}}, plain) is None and relative_seconds({}, plain) is None
+    assert relative_seconds({"CPU": {"7": 5.0}}, plain) is None
+
 
 
 def test_noise_is_relative_to_where_it_began():
