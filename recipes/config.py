@@ -320,8 +320,8 @@ class DistillConfig:
     """One run of `recipes/distill.py`.
 
     Args:
-        teacher (`str`): the folder of a finished run of `recipes/finetune.py` with `dip`; its `config.yaml` tells the
-            base model and the data.
+        teacher (`str`): the folder of a finished run of `recipes/finetune.py` with `dip`, or with a `regularizer` that
+            has samples; its `config.yaml` tells the base model and the data.
         training (`dict`): any field of `transformers.TrainingArguments`; `output_dir` is required.
         num_samples (`int`): k, the noisy passes whose mean is the target of a step.
         temperature (`float`): both distributions are flattened by it, as in Hinton et al. (arXiv 1503.02531).

@@ -1,12 +1,13 @@
-"""Distil the mean of k noisy passes of a DIPNet run into one plain network, and compare the three.
+"""Distil the mean of k noisy passes of a run into one plain network, and compare the three.
 
     accelerate launch recipes/finetune.py recipes/configs/stories260k-gsm8k-300.yaml
     accelerate launch recipes/distill.py recipes/configs/stories260k-gsm8k-300-distill.yaml
 
-The student starts as the teacher with its noise switched off, which is what the paper calls distillation
-(Algorithm 3), and learns the ensemble's mean prediction (Algorithm 2) on the supervised tokens: KL(mean || student).
-The output folder receives a plain model, or a stock PEFT adapter, that needs nothing of this package, the tokenizer,
-`config.yaml` and `results.json`, which compares noise off, ensembles and student on the held-out problems.
+The teacher is a DIPNet run, or one of a regularizer with samples, such as dropout. The student starts as the teacher
+with its noise switched off, which is what the paper calls distillation (Algorithm 3), and learns the ensemble's mean
+prediction (Algorithm 2) on the supervised tokens: KL(mean || student). The output folder receives a plain
+model, or a stock PEFT adapter, that needs nothing of this package, the tokenizer, `config.yaml` and `results.json`,
+which compares noise off, ensembles and student on the held-out problems.
 
 Shape legend: S samples, B batch, L sequence, V vocabulary, N supervised tokens, M kept tokens of the vocabulary.
 """
@@ -29,9 +30,9 @@ from transformers import PreTrainedModel, Trainer, set_seed
 if not __package__:  # run as a script: Python put recipes/ on the path, and the imports below start at the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dipnet_hf.architecture import context_length
+from dipnet_hf.architecture import context_length, network_of
 from dipnet_hf.batches import supervised
-from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_config, load_distill_config
+from recipes.config import DistillConfig, FinetuneConfig, dump_config, load_distill_config
 from recipes.data import make_collator, prepare_data
 from recipes.evaluation import figures_of, summarize_tokens
 from recipes.rows import read_json_lines
@@ -42,11 +43,13 @@ from recipes.running import (
     last_whole_checkpoint,
     load_base,
     load_dip_run,
+    load_plain_run,
     load_tokenizer,
     save_model,
     train,
     write_results,
 )
+from recipes.teacher import Teacher, load_teacher, load_teacher_config
 from recipes.tokens import Chat, prompt_tokens
 from report import provenance
 from report.output_folder import occupied, write_whole
@@ -79,7 +82,7 @@ def distil(config: DistillConfig, run: FinetuneConfig) -> None:
         raise ValueError(f"{run.dataset} has no test split to compare teacher and student on.")
     heldout = whole(data.heldout, run.max_length)
     set_seed(training_args.seed)
-    teacher = load_dip_run(config.teacher, run).to(training_args.device)
+    teacher = load_teacher(config.teacher, run, training_args.device)
     student = make_student(teacher, config, run)
     train_set = data.train.add_column("has_answer", [True] * len(data.train))
     if config.prompts is not None:
@@ -121,59 +124,46 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-# ---- teacher and student ----
+# ---- student ----
 
 
-def load_teacher_config(folder: str) -> FinetuneConfig:
-    """Read the configuration of the teacher's run.
-
-    Raises:
-        ValueError: there is no finished run with `dip`, or its own weights cannot learn, or nothing was held out.
-    """
-    if not (Path(folder) / "results.json").is_file():
-        raise ValueError(
-            f"{folder} holds no finished run of recipes/finetune.py: run it first, or set teacher=FOLDER."
-        )
-    run = load_config(str(Path(folder) / "config.yaml"))
+def make_student(teacher: Teacher, config: DistillConfig, run: FinetuneConfig) -> PreTrainedModel | PeftModel:
+    """Make the teacher's noise-free network, without a trace of what makes its samples, trainable as it was."""
     if run.dip is None:
-        raise ValueError(f"{folder} holds a plain run, which has no noise to average over: fine-tune with `dip`.")
-    if run.weights == "frozen":
-        raise ValueError(f"{folder} trained with weights: frozen, so no weights could learn from the ensemble.")
-    return run
-
-
-def make_student(teacher: PeftModel, config: DistillConfig, run: FinetuneConfig) -> PreTrainedModel | PeftModel:
-    """Make the teacher's noise-free network, without a trace of the projections, trainable as the teacher was."""
+        student: Any = load_plain_run(config.teacher, run, is_trainable=True)
+        if run.weights == "full":
+            check_can_be_saved(student, run)
+        return student
     if run.weights == "full":
         student = load_dip_run(config.teacher, run).merge_and_unload()
         check_can_be_saved(student, run)
         return student.requires_grad_(True)
     with TemporaryDirectory() as folder:  # one per process: none reads what another still writes
-        teacher.export_weights_adapter(folder)
+        teacher.network.export_weights_adapter(folder)
         return PeftModel.from_pretrained(load_base(run), folder, is_trainable=True)
 
 
 # ---- targets ----
 
 
-def mean_log_probs(teacher: PeftModel, batch: dict, num_samples: int) -> torch.Tensor:
+def mean_log_probs(teacher: Teacher, batch: dict, num_samples: int) -> torch.Tensor:
     """The log of the mean probability over fresh noisy passes at the supervised tokens, of shape `(N, V)`.
 
     One pass at a time, so that one sample's logits are held at once.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     total: torch.Tensor | None = None
-    with torch.no_grad(), teacher.sampling():
-        for _ in range(num_samples):
-            logits, _ = supervised(teacher(**inputs).logits, batch["labels"], shift=True)
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
-            total = log_probs if total is None else torch.logaddexp(total, log_probs)
+    for _ in range(num_samples):
+        with torch.no_grad(), teacher.noisy():
+            logits, _ = supervised(teacher.network(**inputs).logits, batch["labels"], shift=True)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        total = log_probs if total is None else torch.logaddexp(total, log_probs)
     assert total is not None  # num_samples is positive
     return total - math.log(num_samples)
 
 
 def make_targets(
-    teacher: PeftModel, train_set: Dataset, collator: Callable, config: DistillConfig
+    teacher: Teacher, train_set: Dataset, collator: Callable, config: DistillConfig
 ) -> Callable[[dict], Targets]:
     """Return the function that gives a batch its targets: drawn at every call, or looked up if they are cached."""
 
@@ -184,7 +174,7 @@ def make_targets(
         return lambda batch: (draw(batch), None)
     columns = train_set.select_columns(["input_ids", "attention_mask", "labels"])
     cache = [
-        keep_top_p(draw(to_device(batch, teacher.device)), config.cache_top_p)
+        keep_top_p(draw(to_device(batch, teacher.network.device)), config.cache_top_p)
         for batch in DataLoader(columns, batch_size=1, collate_fn=collator)
     ]
     return lambda batch: join([cache[index] for index in batch["index"].tolist()], batch["labels"].device)
@@ -213,7 +203,7 @@ def join(targets: list[Targets], device: torch.device) -> Targets:
     return torch.cat(log_probs).to(device), torch.cat(ids).to(device)
 
 
-def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig, chat: Chat | None = None) -> Dataset:
+def answer_prompts(teacher: Teacher, tokenizer, config: DistillConfig, chat: Chat | None = None) -> Dataset:
     """Let the ensemble answer more questions, greedily: rows like the training set's, without a true answer."""
     assert config.prompts is not None
     questions = [row["question"] for row in read_json_lines(config.prompts, columns=("question",))]
@@ -221,15 +211,15 @@ def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig, chat: C
     check_lengths(prompts, teacher, config)
     padding_side, tokenizer.padding_side = tokenizer.padding_side, "left"
     batch_size = max(1, config.training_arguments().per_device_eval_batch_size // config.num_samples)
-    own = teacher.generation_config.eos_token_id
+    own = teacher.network.generation_config.eos_token_id
     eos_token_ids = {tokenizer.eos_token_id, *([] if own is None else torch.tensor([own]).flatten().tolist())}
     settings = {"eos_token_id": sorted(eos_token_ids), "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
     rows = []
     for start in range(0, len(prompts), batch_size):
         inputs = tokenizer.pad({"input_ids": prompts[start : start + batch_size]}, return_tensors="pt")
-        inputs = inputs.to(teacher.device)
-        with teacher.ensemble(config.num_samples):
-            generated = teacher.generate(**inputs, max_new_tokens=config.max_new_tokens, **settings)
+        inputs = inputs.to(teacher.network.device)
+        with teacher.samples.ensemble(config.num_samples):
+            generated = teacher.network.generate(**inputs, max_new_tokens=config.max_new_tokens, **settings)
         prompt_length = inputs["input_ids"].shape[1]
         for prompt, mask, answer in zip(
             generated[:, :prompt_length], inputs["attention_mask"], generated[:, prompt_length:], strict=True
@@ -239,9 +229,9 @@ def answer_prompts(teacher: PeftModel, tokenizer, config: DistillConfig, chat: C
     return Dataset.from_list(rows)
 
 
-def check_lengths(prompts: list[list[int]], teacher: PeftModel, config: DistillConfig) -> None:
+def check_lengths(prompts: list[list[int]], teacher: Teacher, config: DistillConfig) -> None:
     """Refuse a question that leaves no room for its answer, before the first one is answered."""
-    context = context_length(teacher.get_base_model())
+    context = context_length(network_of(teacher.network))
     for number, prompt in enumerate(prompts, start=1):
         if context is not None and len(prompt) + config.max_new_tokens > context:
             raise ValueError(
@@ -312,7 +302,7 @@ def whole(heldout: Dataset, max_length: int) -> Dataset:
 
 
 def compare(
-    teacher: PeftModel, student: torch.nn.Module, heldout: Dataset, collator: Callable, config: DistillConfig
+    teacher: Teacher, student: torch.nn.Module, heldout: Dataset, collator: Callable, config: DistillConfig
 ) -> dict[str, dict]:
     """Measure the teacher with its noise off, its ensembles and the student on the held-out problems.
 
@@ -328,12 +318,10 @@ def compare(
         loader = DataLoader(rows, max(1, batch_size // max(compare_samples)), collate_fn=collator)
         return measure(model, loader, compare_samples)
 
-    with teacher.deterministic():
-        noise_off = measure_in_batches(teacher, [1])[1]
-    with teacher.ensemble_samples(max(config.compare_samples)):
-        ensembles = measure_in_batches(teacher, config.compare_samples)
+    with teacher.samples.ensemble_samples(max(config.compare_samples)):
+        ensembles = measure_in_batches(teacher.network, config.compare_samples)
     measured = {
-        "noise_off": noise_off,
+        "noise_off": measure_in_batches(teacher.network, [1])[1],
         **{f"ensemble_{k}": figures for k, figures in ensembles.items()},
         "distilled": measure_in_batches(student.eval(), [1])[1],
     }

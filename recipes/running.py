@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,14 @@ def load_dip_run(folder: str, run: FinetuneConfig) -> PeftModel:
     """Load the network of a finished run, with its noise."""
     check_files(folder)
     return PeftModel.from_pretrained(load_base(run), folder).eval()
+
+
+def load_plain_run(folder: str, run: FinetuneConfig, is_trainable: bool = False) -> PreTrainedModel | PeftModel:
+    """Load the network of a finished run or distillation that has no projections; what it had trained may learn."""
+    check_files(folder)
+    if run.weights == "full":
+        return load_base(replace(run, model=folder)).requires_grad_(is_trainable)
+    return PeftModel.from_pretrained(load_base(run), folder, is_trainable=is_trainable)
 
 
 def last_whole_checkpoint(output_dir: Path) -> str | None:

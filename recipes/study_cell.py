@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import Trainer
 
 from recipes import distill, finetune
 from recipes.config import FinetuneConfig, dump_config
 from recipes.data import make_collator, prepare_data
 from recipes.evaluation import TOKENS_FILE, TokenMetrics, evaluate, save_tokens, score_tasks
-from recipes.running import load_base, load_tokenizer, model_dtype, write_results
+from recipes.running import load_plain_run, load_tokenizer, write_results
 from recipes.study_config import Cell
 from recipes.study_smoothness import measure_smoothness
 from report.output_folder import write_whole
@@ -118,10 +117,7 @@ def _score_student(folder: Path, config: FinetuneConfig) -> tuple[dict, torch.Te
     tokenizer = load_tokenizer(config)
     data = prepare_data(config, tokenizer)
     task_sets = finetune.prepare_tasks(config, tokenizer, data.chat)
-    if config.weights == "full":
-        student: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model_dtype(config))
-    else:
-        student = PeftModel.from_pretrained(load_base(config), folder)
+    student = load_plain_run(str(folder), config)
     metrics = TokenMetrics()
     trainer = Trainer(
         student,

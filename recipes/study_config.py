@@ -31,8 +31,8 @@ class MethodConfig:
         setting (`str`): the dotted key of a `FinetuneConfig` that is tuned, such as `dip.init_noise_std`.
         values (`list`): what is tried for it; every method of a study has the same number.
         set (`dict`): other keys of the configuration, dotted, that make the method.
-        num_samples (`int`, *optional*): also score the mean of so many noisy passes, and, of a method with `dip`, the
-            network that is distilled from it.
+        num_samples (`int`, *optional*): also score the mean of so many noisy passes, and the network that is distilled
+            from it.
     """
 
     setting: str
@@ -111,8 +111,8 @@ class StudyConfig:
             config = final.config()
             if self.num_smoothness_problems is not None and config.quantization is not None:
                 raise ValueError(
-                    "num_smoothness_problems needs second derivatives, which a quantized base does not have: set it to "
-                    "null."
+                    "num_smoothness_problems needs second derivatives, which a quantized base does not have: leave "
+                    "it out."
                 )
             if final.is_distilled:
                 final.distill_config()
@@ -150,7 +150,7 @@ class Cell(NamedTuple):
     @property
     def is_distilled(self) -> bool:
         """Whether the mean of the noisy passes is also distilled into one network."""
-        has_samples = self.config().dip is not None and self.study.methods[self.method].num_samples is not None
+        has_samples = self.study.methods[self.method].num_samples is not None
         return self.phase == "final" and self.study.distill is not None and has_samples
 
     def config(self) -> FinetuneConfig:

@@ -198,7 +198,8 @@ def _deep_ensembles(study: StudyConfig, read: dict, rows: list[dict]) -> list[di
         row |= {"figures": spreads(nll), "num_seeds": size * len(groups), "is_deep_ensemble": True}
         row["files"] = {seed: plain["files"][seed] for group in groups for seed in group}
         row["seconds"] = {
-            machine: {seed: size * one for seed, one in by_seed.items()} for machine, by_seed in plain["seconds"].items()
+            machine: {seed: size * seconds for seed, seconds in by_seed.items()}
+            for machine, by_seed in plain["seconds"].items()
         }
         row["relative_seconds"] = plain["relative_seconds"] and size * plain["relative_seconds"]
         found.append(row)
@@ -229,7 +230,7 @@ def _machine(results: dict) -> str:
 
 
 def _seconds_by_machine(results: dict[str, dict], answer: str) -> dict[str, dict[str, float]]:
-    """The times of training by machine and seed; the same in both phases; of a distilled model with the distillation's.
+    """The times of training, which is the same in both phases, by machine and seed; with those of a distillation.
 
     Cells that were interrupted have none, nor have those of the tuning of a distillation.
     """

@@ -152,8 +152,8 @@ def _smoothness(summary: dict) -> Table:
     """Lay out how smooth the networks are beside their loss, and whether the smoother ones have less of it."""
     rows = [row for row in summary["rows"] if SMOOTHNESS[0] in row["figures"]]
     explanation = (
-        "Of the network that answers without noise: the local Lipschitz constant of its logits at the embeddings, for a "
-        "move as long as a typical token; and by how much the NLL rises under noise. Lower is smoother."
+        "Of the network that answers without noise: the local Lipschitz constant of its logits at the embeddings, for "
+        "a move as long as a typical token; and by how much the NLL rises under noise. Lower is smoother."
     )
     if len(rows) > 2:
         nll = [row["figures"]["nll"]["mean"] for row in rows]
@@ -168,9 +168,8 @@ def _costs(summary: dict) -> Table:
     rows = []
     for row in summary["rows"]:
         loss = "-" if row["validation_nll"] is None else f"{row['validation_nll']:.4f}"
-        measured = (
-            f"{median(times.values()):.0f} s on {machine}, n = {len(times)}" for machine, times in row["seconds"].items()
-        )
+        by_machine = {machine: list(times.values()) for machine, times in row["seconds"].items()}
+        measured = (f"{median(times):.0f} s on {machine}, n = {len(times)}" for machine, times in by_machine.items())
         seconds = "\n".join(measured) or "-"
         relative = _times(row["relative_seconds"])
         texts = (f"{row['setting']}={row['value']}", loss, seconds, relative, str(row["num_passes"]))
@@ -178,7 +177,7 @@ def _costs(summary: dict) -> Table:
     header = ("tuned value", "validation NLL", "training", f"over {PLAIN}", "passes at inference", "result files")
     return Table(
         "Settings and cost",
-        "Training includes distillation: the median of n cells of both phases, and that over plain's of the same seeds.",
+        "Training includes distillation: the median of n cells of both phases, and of the time over plain's by seed.",
         (*FIRST_HEADINGS, *header),
         rows,
     )

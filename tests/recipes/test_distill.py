@@ -16,7 +16,8 @@ from dipnet_hf.uncertainty import expected_calibration_error
 from recipes import distill, finetune
 from recipes.config import DistillConfig
 from recipes.data import make_collator, prepare_data
-from recipes.running import load_base, load_dip_run, load_tokenizer
+from recipes.running import load_base, load_tokenizer
+from recipes.teacher import load_teacher, load_teacher_config
 from recipes.tokens import Chat, format_prompt
 from tests.helpers import losses, read_results, write_jsonl
 
@@ -60,8 +61,8 @@ class Parts:
 
     def __init__(self, folder, output_dir):
         self.folder, self.output_dir = folder, output_dir
-        self.run = distill.load_teacher_config(str(folder))
-        self.teacher = load_dip_run(str(folder), self.run)
+        self.run = load_teacher_config(str(folder))
+        self.teacher = load_teacher(str(folder), self.run)
         self.tokenizer = load_tokenizer(self.run)
         self.collator = make_collator(self.tokenizer)
         data = prepare_data(self.run, self.tokenizer)
@@ -217,8 +218,8 @@ def test_target_is_the_mean_of_separate_passes(parts):
     torch.manual_seed(5)
     passes = []
     for _ in range(3):
-        with torch.no_grad(), teacher.sampling():
-            logits = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        with torch.no_grad(), teacher.noisy():
+            logits = teacher.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         passes.append(logits.double().softmax(-1)[:, :-1][batch["labels"][:, 1:] != -100])
     assert not torch.allclose(passes[0], passes[1], rtol=0.1)
     torch.manual_seed(5)
@@ -231,7 +232,7 @@ def test_target_is_the_mean_of_separate_passes(parts):
 def test_cached_targets_are_those_of_the_rows(parts, temperature):
     """Without noise a target is the same at every draw, so that only a wrong row could make a difference."""
     student = (loaded := parts()).student().requires_grad_(False)
-    for logvar in loaded.teacher.logvars():
+    for logvar in loaded.teacher.network.logvars():
         logvar.data.fill_(-100)
     changes = {"temperature": temperature, "num_samples": 2}
     fresh = loaded.targets(**changes)
@@ -265,8 +266,8 @@ def test_student_starts_as_the_teacher_without_noise(parts, weights):
     student = (loaded := parts(weights)).student()
     batch = loaded.batch([0, 5])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with torch.no_grad(), loaded.teacher.deterministic():
-        torch.testing.assert_close(student(**inputs).logits, loaded.teacher(**inputs).logits)
+    with torch.no_grad(), loaded.teacher.network.deterministic():
+        torch.testing.assert_close(student(**inputs).logits, loaded.teacher.network(**inputs).logits)
     names = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert names == {name for name, _ in student.named_parameters() if weights == "full" or "lora_" in name}
     assert not any("dip" in name for name, _ in [*student.named_modules(), *student.named_parameters()])
@@ -350,7 +351,7 @@ def test_output_folder_needs_nothing_of_this_package(distil, dip_runs, monkeypat
 @BOTH
 def test_results_compare_noise_off_ensembles_and_student(distil, dip_runs, parts, capsys, weights):
     folder, loaded = distil(dip_runs[weights]), parts(weights)
-    results, teacher = read_results(folder), loaded.teacher
+    results, teacher = read_results(folder), loaded.teacher.network
     scores = results["scores"]
     assert list(scores) == ["noise_off", "ensemble_1", "ensemble_2", "distilled"]
     student = AutoModelForCausalLM.from_pretrained(folder)  # transformers loads an adapter on its base, too
@@ -431,7 +432,7 @@ def prompts(tmp_path):
 def test_the_ensemble_answers_prompts(parts, prompts):
     (path, questions), loaded = prompts, parts()
     teacher, student, tokenizer = loaded.teacher, loaded.student(), loaded.tokenizer
-    for logvar in teacher.logvars():
+    for logvar in teacher.network.logvars():
         logvar.data.fill_(3)  # so much that the mean answers otherwise than the network without noise
     answered = distill.answer_prompts(teacher, tokenizer, loaded.config(prompts=str(path), max_new_tokens=6))
     assert tokenizer.padding_side == "right" and answered.features == loaded.rows.features
@@ -441,8 +442,8 @@ def test_the_ensemble_answers_prompts(parts, prompts):
         assert row["input_ids"][: len(prompt)] == prompt and row["attention_mask"] == [1] * len(row["input_ids"])
         assert row["labels"] == [-100] * len(prompt) + answer and row["has_answer"] is False
         assert 0 < len(answer) <= 6
-        with torch.no_grad(), teacher.ensemble(4):
-            mean = teacher(input_ids=torch.tensor([row["input_ids"]])).logits[0, len(prompt) - 1 : -1]
+        with torch.no_grad(), teacher.samples.ensemble(4):
+            mean = teacher.network(input_ids=torch.tensor([row["input_ids"]])).logits[0, len(prompt) - 1 : -1]
             noise_off = student(input_ids=torch.tensor([row["input_ids"]])).logits[0, len(prompt) - 1 : -1]
         assert mean.argmax(-1).tolist() == answer, "the likeliest token of the mean, each time"
         assert noise_off.argmax(-1).tolist() != answer
@@ -450,7 +451,7 @@ def test_the_ensemble_answers_prompts(parts, prompts):
 
 def test_prompts_of_a_run_in_a_chat_template_are_asked_in_it(parts, prompts, chat_tokenizer):
     (path, questions), loaded, chat = prompts, parts(), Chat("Be brief.")
-    loaded.teacher.resize_token_embeddings(len(chat_tokenizer), mean_resizing=False)
+    loaded.teacher.network.resize_token_embeddings(len(chat_tokenizer), mean_resizing=False)
     config = loaded.config(prompts=str(path), max_new_tokens=3)
     for question, row in zip(questions, distill.answer_prompts(loaded.teacher, chat_tokenizer, config, chat)):
         turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": format_prompt(question)}]
@@ -463,14 +464,15 @@ def test_a_base_without_an_eos_of_its_own_is_stopped_by_the_tokenizers(parts, pr
     (path, _), loaded = prompts, parts()
     config = loaded.config(prompts=str(path), max_new_tokens=6)
     expected = distill.answer_prompts(loaded.teacher, loaded.tokenizer, config)
-    loaded.teacher.generation_config.eos_token_id = loaded.teacher.generation_config.pad_token_id = None
+    generation_config = loaded.teacher.network.generation_config
+    generation_config.eos_token_id = generation_config.pad_token_id = None
     assert distill.answer_prompts(loaded.teacher, loaded.tokenizer, config).to_list() == expected.to_list()
 
 
 def test_a_question_that_is_too_long_is_found_before_any_is_answered(parts, tmp_path, monkeypatch):
     path, loaded = tmp_path / "prompts.jsonl", parts()
     write_jsonl(path, [{"question": "1 + 1?"}, {"question": "1 + " * 26}])
-    monkeypatch.setattr(loaded.teacher, "generate", lambda **inputs: pytest.fail("answered"))
+    monkeypatch.setattr(loaded.teacher.network, "generate", lambda **inputs: pytest.fail("answered"))
     message = r"prompts.jsonl: question 2 has 122 tokens, which with max_new_tokens=8 are more than the 128 of"
     with pytest.raises(ValueError, match=message):
         distill.answer_prompts(loaded.teacher, loaded.tokenizer, loaded.config(prompts=str(path), max_new_tokens=8))
@@ -573,7 +575,7 @@ def teacher_copy(dip_runs, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"dip": None}, "teacher holds a plain run, which has no noise to average over: fine-tune with `dip`"),
+        ({"dip": None}, "teacher holds a run without noise to average over: fine-tune with `dip`, or with"),
         ({"weights": "frozen"}, "teacher trained with weights: frozen, so no weights could learn"),
     ],
 )

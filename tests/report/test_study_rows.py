@@ -99,7 +99,6 @@ def test_times_are_compared_by_seed_on_the_machine_that_has_most_pairs():
     assert relative_seconds({"CPU": {"7": 5.0}}, plain) is None
 
 
-
 def test_noise_is_relative_to_where_it_began():
     runs = [{"noise": [{"name": "layer", "init_std": 0.1, "std": std}]} for std in (0.1, 0.3)]
     assert noise_by_site(runs) == [{"name": "layer", "relative_std": pytest.approx(2.0)}]
