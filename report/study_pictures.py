@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from report.study_rows import PLAIN
+from report.study_rows import HEADINGS, PLAIN, SMOOTHNESS, row_name
 
 STYLES = {"one pass": ("C0", "o"), "distilled": ("C2", "^"), "mean of k": ("C1", "s")}  # colour and marker
 
@@ -111,6 +111,29 @@ def draw_cost(summary: dict) -> Any:
     return figure
 
 
+def draw_smoothness(summary: dict) -> Any:
+    """Draw the NLL against each measure of smoothness, a dot per network that answers without noise."""
+    from matplotlib.figure import Figure
+
+    rows = _rows_with(summary, SMOOTHNESS[0])
+    if not rows:
+        return None
+    colors = _method_colors(summary)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(SMOOTHNESS), sharey=True)
+    for axes, name in zip(panels, SMOOTHNESS, strict=True):
+        for row in rows:
+            by_seed, nll = row["figures"][name]["values"], row["figures"]["nll"]["values"]
+            style = {"color": colors[row["method"]], "marker": STYLES[_kind(row)][1], "label": row_name(row)}
+            axes.scatter(by_seed.values(), [nll[seed] for seed in by_seed], s=16, **style)
+        axes.set(xlabel=HEADINGS[name])
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="NLL, nats per answer token")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    return figure
+
+
 def draw_reliability(summary: dict) -> Any:
     """Draw accuracy against confidence of the generated answers of all seeds, a point per bin."""
     from matplotlib.figure import Figure
@@ -179,6 +202,7 @@ PICTURES: list[tuple[str, str, Callable[[dict], Any]]] = [
         draw_tuning,
     ),
     ("Cost against quality", "Mean over seeds. Lower and further left is better.", draw_cost),
+    ("Smoothness beside generalization", "A dot per run; further left is smoother, lower is better.", draw_smoothness),
     ("Reliability of the generated answers", "All seeds together; a point is as large as its bin.", draw_reliability),
     ("Risk and coverage of the generated answers", "All seeds together.", draw_risk_coverage),
     ("Learned noise by depth", "Mean over seeds of each site's mean over channels.", draw_noise),

@@ -27,6 +27,7 @@ HEADINGS = {
     "layer_noise_rise": "NLL rise, noise at the layers",
     "weight_noise_rise": "NLL rise, noise in the weights",
 }
+SMOOTHNESS = ("lipschitz", "layer_noise_rise", "weight_noise_rise")
 HIGHER_IS_BETTER = ("token_accuracy", "exact_match", "auroc")
 PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
 PLAIN_AT_TWICE_THE_TIME = "plain_twice_as_long"
@@ -70,7 +71,9 @@ def figures(result: dict, answer: str) -> dict[str, float]:
 
 
 def _scores(scores: dict) -> dict[str, float | None]:
-    """Take the task's first filter, such as strict-match."""
+    """Take the task's first filter, such as strict-match; nothing of a single problem, as a limit of 1 generates."""
+    if scores.get("n") == 1:
+        return {}
     metric, _, of_filter = next((key for key in scores if key.startswith(("exact_match,", "acc,"))), "").partition(",")
     if not metric:
         return {}

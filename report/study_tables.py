@@ -8,12 +8,19 @@ from scipy.stats import spearmanr
 
 from report.comparison import SIGNIFICANCE
 from report.study_families import COMPARED, compared_of
-from report.study_rows import HEADINGS, MOST_SECONDS, PLAIN, plain_at_equal_time, row_name, rows_of_equal_cost
+from report.study_rows import (
+    HEADINGS,
+    MOST_SECONDS,
+    PLAIN,
+    SMOOTHNESS,
+    plain_at_equal_time,
+    row_name,
+    rows_of_equal_cost,
+)
 
 FIRST_HEADINGS = ("method", "answer", "seeds")
 TOKEN_FIGURES = ("nll", "token_accuracy", "token_ece", "token_brier")
 ANSWER_FIGURES = ("exact_match", "answer_ece", "answer_brier", "auroc", "aurc")
-SMOOTHNESS = ("lipschitz", "layer_noise_rise", "weight_noise_rise")
 VERDICTS = {
     "better": "better than {}",
     "worse": "worse than {}",

@@ -6,6 +6,7 @@ import pytest
 
 from report.study_page import format_markdown, write_html
 from report.study_pictures import PICTURES, draw_tuning
+from report.study_rows import SMOOTHNESS
 from report.study_tables import tables
 from report.study_text import are_tested, conditions, gaps, missing_cells, sentences
 
@@ -13,7 +14,9 @@ from report.study_text import are_tested, conditions, gaps, missing_cells, sente
 def row(method, answer="one pass", nll=2.0, **changed):
     """A row of two seeds with every figure."""
     values = {"values": {"0": nll, "1": nll}, "mean": nll, "std": 0.0, "low": nll - 0.1, "high": nll + 0.1}
-    figures = dict.fromkeys(("nll", "token_ece", "token_brier", "exact_match", "aurc", "svamp NLL"), values)
+    figures = dict.fromkeys(
+        ("nll", "token_ece", "token_brier", "exact_match", "aurc", "svamp NLL", *SMOOTHNESS), values
+    )
     bins = [{"confidence": 0.5, "accuracy": 0.4, "count": 3}]
     made = {"method": method, "answer": answer, "num_passes": 8 if answer == "mean of 8" else 1, "num_seeds": 2}
     made |= {
@@ -144,6 +147,20 @@ def test_without_figures_nothing_is_said(summary, tmp_path):
     assert "No figure yet" in page and "data:image" not in page
 
 
+def test_smoothness_is_laid_out_with_its_rank_correlation_with_the_loss(summary):
+    for number, row in enumerate(summary["rows"]):
+        figures = row["figures"]
+        figures["weight_noise_rise"] = {**figures["nll"], "mean": -figures["nll"]["mean"]}
+        figures["layer_noise_rise"] = {**figures["nll"], "mean": 0.1 * number**2 - number}
+    del summary["rows"][-1]["figures"]["lipschitz"]  # was not measured
+    (table,) = (table for table in tables(summary) if table.title == "Smoothness beside generalization")
+    assert len(table.rows) == len(summary["rows"]) - 1
+    assert "Lipschitz constant +1.00" in table.explanation and "noise in the weights -1.00" in table.explanation
+    for row in summary["rows"]:
+        row["figures"].pop("lipschitz", None)
+    assert "Smoothness beside generalization" not in {table.title for table in tables(summary)}
+
+
 @pytest.mark.parametrize(
     ("values", "value", "is_named"),
     [
@@ -203,6 +220,7 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
         "Held-out problems",
         "Generated answers",
         "Another distribution",
+        "Smoothness beside generalization",
         "dip, one pass, against the others",
         "Settings and cost",
         "Tuning",

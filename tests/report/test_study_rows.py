@@ -52,7 +52,15 @@ def test_a_task_of_another_distribution_has_figures_of_its_own():
         "svamp exact match": 0.25,
         "svamp NLL": 3.0,
     }
-    assert "svamp exact match" not in figures(result({"svamp": {"nll": 3.0}}, task=None, svamp="x"), "one pass")
+    for little in ({"nll": 3.0}, {**scores, "n": 1}):  # nothing was generated, or as good as nothing
+        assert "svamp exact match" not in figures(result({"svamp": little}, task=None, svamp="x"), "one pass")
+
+
+def test_smoothness_is_among_the_figures():
+    cell = result({}, task=None)
+    cell["answers"]["one pass"]["smoothness"] = {"lipschitz": 3.0, "layer_noise_rise": 0.5}
+    found = figures(cell, "one pass")
+    assert (found["lipschitz"], found["layer_noise_rise"]) == (3.0, 0.5)
 
 
 def test_a_figure_is_over_the_seeds_that_have_it():
