@@ -1,6 +1,7 @@
 """One cell of a study: fine-tune, distil where the study does, and put what both say into one small file."""
 
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from recipes.data import make_collator, prepare_data
 from recipes.evaluation import TOKENS_FILE, TokenMetrics, evaluate, save_tokens, score_tasks
 from recipes.running import load_plain_run, load_tokenizer, write_results
 from recipes.study_config import Cell
-from recipes.study_smoothness import measure_smoothness
+from recipes.study_smoothness import SETTINGS, measure_smoothness
 from report.output_folder import write_whole
 
 ONE_PASS, DISTILLED = "one pass", "distilled"
@@ -51,10 +52,11 @@ def run_cell(cell: Cell) -> None:
         result["seconds"]["distillation"] = _train_seconds(_read(cell.student_folder))
         result["distillation"] = asdict(cell.distill_config())
         answers[DISTILLED], tokens[DISTILLED] = _score_student(cell.student_folder, config)
-    if cell.phase == "final" and (num_problems := cell.study.num_smoothness_problems) is not None:
+    if cell.num_smoothness_problems is not None:
+        result["smoothness"] = {"num_problems": cell.num_smoothness_problems, **SETTINGS}
         for answer, folder in ((ONE_PASS, cell.run_folder), (DISTILLED, cell.student_folder)):
-            if answer in answers:
-                answers[answer]["smoothness"] = measure_smoothness(str(folder), config, num_problems)
+            if answer in answers and math.isfinite(answers[answer]["nll"]):  # else it diverged
+                answers[answer]["smoothness"] = measure_smoothness(str(folder), cell.num_smoothness_problems)
     result["seconds"]["cell"] = time.monotonic() - begin
     if is_resumed:  # what went before is not known
         result["seconds"] = dict.fromkeys(result["seconds"])

@@ -109,10 +109,10 @@ class StudyConfig:
             cell.config()
             final = cell._replace(phase="final")
             config = final.config()
-            if self.num_smoothness_problems is not None and config.quantization is not None:
+            if self.num_smoothness_problems is not None and (config.quantization or config.weights == "frozen"):
                 raise ValueError(
-                    "num_smoothness_problems needs second derivatives, which a quantized base does not have: leave "
-                    "it out."
+                    f"num_smoothness_problems: {cell.method} has a quantized base, which has no second derivatives, or "
+                    "no trained weights to disturb. Leave it out."
                 )
             if final.is_distilled:
                 final.distill_config()
@@ -152,6 +152,11 @@ class Cell(NamedTuple):
         """Whether the mean of the noisy passes is also distilled into one network."""
         has_samples = self.study.methods[self.method].num_samples is not None
         return self.phase == "final" and self.study.distill is not None and has_samples
+
+    @property
+    def num_smoothness_problems(self) -> int | None:
+        """With how many problems its networks' smoothness is measured; None if it is not."""
+        return self.study.num_smoothness_problems if self.phase == "final" else None
 
     def config(self) -> FinetuneConfig:
         """Build the configuration of the recipe; every run ends with the weights of its best evaluation.

@@ -59,6 +59,10 @@ def _differences(results: dict, cell: Cell) -> list[str]:
     found = _differing_keys(asdict(cell.config()), results["provenance"]["config"])
     if cell.is_distilled and "distillation" in results:
         found += _differing_keys(asdict(cell.distill_config()), results["distillation"], "distill.")
+    elif cell.is_distilled:
+        found.append("distill")
+    if cell.num_smoothness_problems != results.get("smoothness", {}).get("num_problems"):
+        found.append("num_smoothness_problems")
     return found
 
 

@@ -1,10 +1,16 @@
 """A cell of a study: what its result file says of the training, and a distillation that had ended."""
 
+import math
+from pathlib import Path
+
 import pytest
 import yaml
 
-from dipnet_hf.diagnostics import noise_robustness
+from dipnet_hf.diagnostics import lipschitz_constants, noise_robustness, weight_robustness
 from recipes import distill, study_cell, study_smoothness
+from recipes.data import make_collator, prepare_data
+from recipes.finished_run import load_network, read_run
+from recipes.running import load_tokenizer
 from recipes.study_cell import run_cell
 from recipes.study_config import Cell, load_study
 from report.results import read_results
@@ -33,7 +39,7 @@ def make_cell(model_folder, problems_folder, tmp_path):
         "tuning_seeds": [0],
         "seeds": [0],
         "methods": {"dip": {"setting": "dip.init_noise_std", "values": [0.1], "num_samples": 2}},
-        "num_smoothness_problems": 2,
+        "num_smoothness_problems": 3,
         "distill": {"num_samples": 2, "training": {"max_steps": 1, "use_cpu": True}},
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
@@ -58,24 +64,54 @@ def test_the_validation_curve_is_of_validation_problems_whatever_is_scored_after
 
 
 def test_the_final_networks_are_measured_as_they_answer(make_cell, monkeypatch):
-    """What is measured is the network without noise, whose weights learned for five steps, and not its base."""
-    measured = {}
+    """Without noise and with what they learned, on the first problems, by the instruments themselves."""
+    monkeypatch.setattr(study_smoothness, "BATCH_SIZE", 2)
+    expected = {}
 
-    def at_no_radius(model, batches, *_, **__):
-        (undisturbed,) = noise_robustness(model, batches, [0.0])
-        measured[len(measured)] = undisturbed.nll
-        return [undisturbed, undisturbed._replace(nll=undisturbed.nll + 1.0)]
+    def measured(folder, num_problems):
+        expected[Path(folder).name] = reference_smoothness(folder, num_problems)
+        return study_smoothness.measure_smoothness(folder, num_problems)
 
-    monkeypatch.setattr(study_smoothness, "noise_robustness", at_no_radius)
+    monkeypatch.setattr(study_cell, "measure_smoothness", measured)
     cell = make_cell("final")
     run_cell(cell)
-    answers = read_results(cell.result_file)["answers"]
-    for number, name in enumerate(("one pass", "distilled")):
+    result = read_results(cell.result_file)
+    answers = result["answers"]
+    assert result["smoothness"]["num_problems"] == 3
+    for name, folder in (("one pass", cell.run_folder), ("distilled", cell.student_folder)):
+        nll, smoothness = expected[folder.name]
         problems = answers[name]["problems"]
-        assert measured[number] == pytest.approx(sum(problems["nll"][:2]) / sum(problems["num_tokens"][:2]), rel=1e-4)
-        assert answers[name]["smoothness"]["layer_noise_rise"] == pytest.approx(1.0)
-        assert answers[name]["smoothness"]["lipschitz"] > 0
+        assert nll == pytest.approx(sum(problems["nll"][:3]) / sum(problems["num_tokens"][:3]), rel=1e-4)
+        assert answers[name]["smoothness"] == pytest.approx(smoothness, rel=1e-4)
+    assert answers["one pass"]["smoothness"] != answers["distilled"]["smoothness"]
     assert "smoothness" not in answers["mean of 2"]
+
+
+def reference_smoothness(folder, num_problems):
+    """The NLL of the first problems, and what the instruments say of the network, by hand."""
+    run = read_run(folder)
+    tokenizer = load_tokenizer(run.config)
+    rows = [dict(row) for row in prepare_data(run.config, tokenizer).heldout.select(range(num_problems))]
+    collator, model = make_collator(tokenizer), load_network(run)
+    batches = [collator(rows[start : start + 2]) for start in range(0, num_problems, 2)]
+    weights = [weight for name, weight in model.named_parameters() if ".dip_" not in name]
+    layers = noise_robustness(model, batches, [0.0, 0.2], ["layer 0", "layer 1"], num_draws=4)
+    disturbed = weight_robustness(model, weights, batches, [0.0, 0.1], num_draws=4)
+    constants = lipschitz_constants(model, collator(rows), num_tokens=16)
+    return layers[0].nll, {
+        "lipschitz": constants.logits.log().mean().exp().item() * constants.token_norm,
+        "layer_noise_rise": layers[1].nll - layers[0].nll,
+        "weight_noise_rise": disturbed[1].nll - disturbed[0].nll,
+    }
+
+
+def test_a_network_that_diverged_has_no_smoothness(make_cell, monkeypatch):
+    cell = make_cell("final")
+    monkeypatch.setattr(study_cell, "_answer", lambda *_: {"nll": math.nan, "problems": {}, "scores": {}})
+    run_cell(cell)
+    result = read_results(cell.result_file)
+    assert set(result["answers"]) == {"one pass", "mean of 2", "distilled"}
+    assert not any("smoothness" in answer for answer in result["answers"].values())
 
 
 def test_a_cell_that_was_killed_after_its_distillation_goes_on_from_there(make_cell, monkeypatch):
