@@ -111,8 +111,8 @@ class StudyConfig:
             config = final.config()
             if self.num_smoothness_problems is not None and (config.quantization or config.weights == "frozen"):
                 raise ValueError(
-                    f"num_smoothness_problems: {cell.method} has a quantized base, which has no second derivatives, or "
-                    "no trained weights to disturb. Leave it out."
+                    f"num_smoothness_problems: {cell.method} has a quantized base, which has no second derivatives, "
+                    "or no trained weights to disturb. Leave it out."
                 )
             if final.is_distilled:
                 final.distill_config()

@@ -160,8 +160,7 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     row["curves"] = answer_curves(list(answers.values())) if answers else None
     row["validation"] = validation_curve(list(done.values()))
     row["noise"] = noise_by_site(list(done.values()))
-    tuned = {str(s): read[Cell(study, "tuning", name, value, s).folder].results for s in study.tuning_seeds}
-    row["seconds"] = _seconds_by_machine(tuned | done, answer)
+    row["seconds"] = _seconds_by_machine(done, answer)
     return row
 
 
@@ -234,10 +233,7 @@ def _machine(results: dict) -> str:
 
 
 def _seconds_by_machine(results: dict[str, dict], answer: str) -> dict[str, dict[str, float]]:
-    """The times of training, which is the same in both phases, by machine and seed; with those of a distillation.
-
-    Cells that were interrupted have none, nor have those of the tuning of a distillation.
-    """
+    """The times of training, and distillation, by machine and seed; cells that were interrupted have none."""
     found: dict[str, dict[str, float]] = {}
     for seed, result in results.items():
         parts = [result["seconds"].get(name) for name in ("training", *["distillation"] * (answer == "distilled"))]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dipnet_hf.noise import KeySource
 from dipnet_hf.regularizers.samples import SampledRegularizer
 from dipnet_hf.regularizers.saved import attach_saved
 from recipes.config import FinetuneConfig, load_config
@@ -27,9 +28,10 @@ class Teacher(NamedTuple):
 
     @contextmanager
     def noisy(self) -> Iterator[None]:
-        """Context of one pass with noise of its own, drawn from PyTorch's global generator."""
+        """Context of one pass with noise of its own, drawn from PyTorch's global generator and the process's rank."""
         if isinstance(self.samples, SampledRegularizer):
-            with self.samples.ensemble(1, seed=int(torch.randint(2**62, ()))):
+            (key,) = KeySource().next(num_sites=1)
+            with self.samples.ensemble(1, seed=int(key)):
                 yield
         else:
             with self.network.sampling():
@@ -47,7 +49,10 @@ def load_teacher_config(folder: str) -> FinetuneConfig:
             f"{folder} holds no finished run of recipes/finetune.py: run it first, or set teacher=FOLDER."
         )
     run = load_config(str(Path(folder) / "config.yaml"))
-    if run.dip is None and not isinstance(run.make_regularizer(), SampledRegularizer):
+    method = run.make_regularizer()
+    if method is not None and method.changes_network:
+        raise ValueError(f"{folder} trained with {type(method).__name__}, which a plain student cannot hold.")
+    if run.dip is None and not isinstance(method, SampledRegularizer):
         raise ValueError(
             f"{folder} holds a run without noise to average over: fine-tune with `dip`, or with a `regularizer` that "
             "has samples."

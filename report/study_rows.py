@@ -71,7 +71,7 @@ def figures(result: dict, answer: str) -> dict[str, float]:
 
 
 def _scores(scores: dict) -> dict[str, float | None]:
-    """Take the task's first filter, such as strict-match; nothing of a single problem, as a limit of 1 generates."""
+    """Take the task's first filter, such as strict-match; nothing of a single problem."""
     if scores.get("n") == 1:
         return {}
     metric, _, of_filter = next((key for key in scores if key.startswith(("exact_match,", "acc,"))), "").partition(",")
@@ -82,9 +82,9 @@ def _scores(scores: dict) -> dict[str, float | None]:
 
 
 def generated(result: dict, answer: str) -> tuple[list[float], list[int]] | None:
-    """Give the confidence of each problem's generated answer and whether it is right; None if none was generated."""
+    """Give the confidence of each problem's generated answer and whether it is right; None of fewer than two."""
     by_filter = result["answers"][answer]["problems"].get(own_task(result))
-    if not by_filter:
+    if not by_filter or len(next(iter(by_filter.values()))["correct"]) < 2:
         return None
     first = next(iter(by_filter.values()))
     return first["confidence"], first["correct"]
@@ -146,7 +146,7 @@ def relative_seconds(
 ) -> float | None:
     """Compare times on one machine: the median over seeds of a row's time over plain's; None without a pair.
 
-    Cells of one seed run one after another, so that what else the machine did then slowed down both, or a few pairs.
+    The cells of one seed run one after another, so that what else the machine did slowed down both, or a few pairs.
 
     Args:
         seconds, of_plain: the times by machine and seed; those of two machines do not compare. That of most pairs

@@ -21,6 +21,7 @@ from report.study_rows import (
 FIRST_HEADINGS = ("method", "answer", "seeds")
 TOKEN_FIGURES = ("nll", "token_accuracy", "token_ece", "token_brier")
 ANSWER_FIGURES = ("exact_match", "answer_ece", "answer_brier", "auroc", "aurc")
+LEAST_CORRELATED = 5  # rows: fewer are in order by chance
 VERDICTS = {
     "better": "better than {}",
     "worse": "worse than {}",
@@ -160,13 +161,17 @@ def _smoothness(summary: dict) -> Table:
     rows = [row for row in summary["rows"] if SMOOTHNESS[0] in row["figures"]]
     explanation = (
         "Of the network that answers without noise: the local Lipschitz constant of its logits at the embeddings, for "
-        "a move as long as a typical token; and by how much the NLL rises under noise. Lower is smoother."
+        "a move as long as a typical token; and by how much the NLL rises under noise. Lower is smoother. Measured "
+        f"with the first {summary['study']['num_smoothness_problems']} test problems."
     )
-    if len(rows) > 2:
+    if len(rows) >= LEAST_CORRELATED:
         nll = [row["figures"]["nll"]["mean"] for row in rows]
         by_name = {name: [row["figures"][name]["mean"] for row in rows] for name in SMOOTHNESS}
         correlations = (f"{HEADINGS[name]} {spearmanr(values, nll)[0]:+.2f}" for name, values in by_name.items())
-        explanation += f" Rank correlation with the NLL over these {len(rows)} rows: {', '.join(correlations)}."
+        explanation += (
+            f" Rank correlation with the NLL over these {len(rows)} means, which describes them and tests nothing: "
+            f"{', '.join(correlations)}."
+        )
     return _figures("Smoothness beside generalization", explanation, {**summary, "rows": rows}, ("nll", *SMOOTHNESS))
 
 
@@ -184,7 +189,7 @@ def _costs(summary: dict) -> Table:
     header = ("tuned value", "validation NLL", "training", f"over {PLAIN}", "passes at inference", "result files")
     return Table(
         "Settings and cost",
-        "Training includes distillation: the median of n cells of both phases, and of the time over plain's by seed.",
+        "Training includes distillation: the median of n runs, and of a run's time over plain's with the same seed.",
         (*FIRST_HEADINGS, *header),
         rows,
     )

@@ -166,8 +166,8 @@ def conditions(summary: dict) -> list[str]:
         "A deep ensemble is the mean probability of as many plain runs, by groups of seeds that share none: too few "
         "groups for a test.",
         "The best other method is the one of the least mean NLL, of the test problems where it has any: this choice "
-        "favours it. Times are those of training, in cells of both phases, and include distillation; they are the "
-        f"median over seeds of a time over {PLAIN}'s with the same seed, on the machine that most of them ran on.",
+        "favours it. Times are those of training, before the test problems, and include distillation: the median "
+        f"over seeds of a time over {PLAIN}'s with the same seed, on the machine that most of them ran on.",
     ]
 
 

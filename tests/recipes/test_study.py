@@ -336,7 +336,10 @@ def test_an_occupied_cell_is_left_to_its_process(make_study):
         ({"num_finalists": 0}, "num_finalists must be positive"),
         ({"num_smoothness_problems": 0}, "num_smoothness_problems must be positive"),
         (QUANTIZED, "num_smoothness_problems: plain has a quantized base"),
-        ({"num_smoothness_problems": 1, "set": {"weights": "frozen"}, "methods": {"dip": METHODS["dip"]}}, "no trained weights"),
+        (
+            {"num_smoothness_problems": 1, "set": {"weights": "frozen"}, "methods": {"dip": METHODS["dip"]}},
+            "no trained weights",
+        ),
         ({"budget": 1}, "Unknown key budget"),
         ({"distill": {"teacher": "runs/it"}}, "Unknown key distill.teacher"),
         ({"distill": {"num_samples": 0}}, "num_samples must be"),

@@ -1,23 +1,27 @@
 """The teacher of a distillation: what a run of a method with samples teaches, and which runs can teach nothing."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 from dipnet_hf.batches import supervised
+from dipnet_hf.noise import KeySource
 from recipes import distill, finetune
 from recipes.config import DistillConfig
 from recipes.data import make_collator, prepare_data
 from recipes.running import load_tokenizer
 from recipes.teacher import load_teacher, load_teacher_config
-from tests.helpers import read_results
+from tests.helpers import read_results, write_jsonl
 from tests.recipes.conftest import write_problems
 
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}
 RUNS = {
     "dropout of all weights": {"weights": "full", "regularizer": {"name": "layer_dropout", "p": 0.2}},
     "BLoB": {"weights": LORA, "regularizer": {"name": "blob"}},
+    "TFB": {"weights": LORA, "regularizer": {"name": "tfb"}},
 }
 
 
@@ -62,7 +66,7 @@ def inputs_of(batch):
 def test_the_target_is_the_mean_of_separate_networks(runs, batch, name):
     teacher = load_teacher(str(runs[name]), load_teacher_config(str(runs[name])))
     torch.manual_seed(5)
-    seeds, probs = [int(torch.randint(2**62, ())) for _ in range(3)], []
+    seeds, probs = [int(KeySource().next(1)[0]) for _ in range(3)], []
     for seed in seeds:
         with torch.no_grad(), teacher.samples.ensemble(1, seed=seed):
             logits = teacher.network(**inputs_of(batch)).logits
@@ -94,3 +98,28 @@ def test_the_student_starts_without_noise_and_becomes_a_plain_network(runs, batc
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     with torch.no_grad():
         assert not torch.allclose(plain(**inputs_of(batch)).logits, before, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_ensemble_answers_more_questions(runs, tmp_path, name):
+    run = load_teacher_config(str(runs[name]))
+    teacher, tokenizer = load_teacher(str(runs[name]), run), load_tokenizer(run)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"question": "3 + 3?"}, {"question": "12 + 12?"}])
+    training = {"output_dir": str(tmp_path / "student"), "use_cpu": True}
+    settings = {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 4, "num_samples": 2}
+    rows = distill.answer_prompts(teacher, tokenizer, DistillConfig(teacher="", training=training, **settings))
+    assert len(rows) == 2
+    for row in rows:
+        prompt_length = row["labels"].count(-100)
+        with torch.no_grad(), teacher.samples.ensemble(2):
+            mean = teacher.network(input_ids=torch.tensor([row["input_ids"]])).logits[0, prompt_length - 1 : -1]
+        assert mean.argmax(-1).tolist() == row["labels"][prompt_length:]
+
+
+def test_a_method_that_a_plain_student_cannot_hold_is_refused(runs, tmp_path):
+    folder = shutil.copytree(runs["BLoB"], tmp_path / "teacher")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"dip": {"init_noise_std": 0.1}, "regularizer": {"name": "normality"}, "evaluation": {"tasks": []}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="trained with NormalityNormalization, which a plain student cannot hold"):
+        load_teacher_config(str(folder))

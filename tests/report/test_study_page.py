@@ -60,6 +60,7 @@ def summary():
             "output_dir": "results/study/tiny",
             "references": ["dip"],
             "margin": 0.01,
+            "num_smoothness_problems": 16,
             "methods": {name: {"setting": "lr", "values": [0, 1, 2]} for name in methods},
             "tuning_seeds": [1],
             "seeds": [0, 1],
@@ -148,16 +149,20 @@ def test_without_figures_nothing_is_said(summary, tmp_path):
 
 
 def test_smoothness_is_laid_out_with_its_rank_correlation_with_the_loss(summary):
-    for number, row in enumerate(summary["rows"]):
-        figures = row["figures"]
+    summary["rows"] += [row(f"method {number}", nll=3.0 + number) for number in range(4)]
+    for number, found in enumerate(summary["rows"]):
+        figures = found["figures"]
         figures["weight_noise_rise"] = {**figures["nll"], "mean": -figures["nll"]["mean"]}
         figures["layer_noise_rise"] = {**figures["nll"], "mean": 0.1 * number**2 - number}
     del summary["rows"][-1]["figures"]["lipschitz"]  # was not measured
     (table,) = (table for table in tables(summary) if table.title == "Smoothness beside generalization")
     assert len(table.rows) == len(summary["rows"]) - 1
     assert "Lipschitz constant +1.00" in table.explanation and "noise in the weights -1.00" in table.explanation
-    for row in summary["rows"]:
-        row["figures"].pop("lipschitz", None)
+    assert "first 16 test problems" in table.explanation
+    del summary["rows"][4:]
+    assert not any("correlation" in table.explanation for table in tables(summary)), "four are in order by chance"
+    for found in summary["rows"]:
+        found["figures"].pop("lipschitz", None)
     assert "Smoothness beside generalization" not in {table.title for table in tables(summary)}
 
 
