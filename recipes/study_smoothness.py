@@ -9,11 +9,14 @@ from recipes.diagnose import trained_weights
 from recipes.finished_run import load_network, read_run
 from recipes.running import load_tokenizer
 
+NUM_TOKENS = 16  # whose Lipschitz constants are measured
+NUM_DRAWS = 4  # of the noise
+LAYER_RADIUS, WEIGHT_RADIUS = 0.2, 0.1  # of the noise, relative to a layer's typical input and to each tensor
 SETTINGS = {
-    "num_tokens": 16,  # whose Lipschitz constants are measured
-    "num_draws": 4,  # of the noise
-    "layer_radius": 0.2,  # of the noise at the layers, relative to a layer's typical input
-    "weight_radius": 0.1,  # of the noise in the weights, relative to each tensor
+    "num_tokens": NUM_TOKENS,
+    "num_draws": NUM_DRAWS,
+    "layer_radius": LAYER_RADIUS,
+    "weight_radius": WEIGHT_RADIUS,
 }
 BATCH_SIZE = 8
 
@@ -41,11 +44,10 @@ def measure_smoothness(folder: str, num_problems: int) -> dict[str, float]:
         loader = DataLoader(rows, size, collate_fn=make_collator(tokenizer))
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in loader]
 
-    model, batches, num_draws = load_network(run).to(device), batches_of(BATCH_SIZE), SETTINGS["num_draws"]
-    constants = lipschitz_constants(model, batches_of(len(rows))[0], num_tokens=SETTINGS["num_tokens"])
-    layer_radii, weight_radii = (0.0, SETTINGS["layer_radius"]), (0.0, SETTINGS["weight_radius"])
-    of_layers = noise_robustness(model, batches, layer_radii, layer_places(model), num_draws)
-    of_weights = weight_robustness(model, trained_weights(model), batches, weight_radii, num_draws)
+    model, batches = load_network(run).to(device), batches_of(BATCH_SIZE)
+    constants = lipschitz_constants(model, batches_of(len(rows))[0], num_tokens=NUM_TOKENS)
+    of_layers = noise_robustness(model, batches, (0.0, LAYER_RADIUS), layer_places(model), NUM_DRAWS)
+    of_weights = weight_robustness(model, trained_weights(model), batches, (0.0, WEIGHT_RADIUS), NUM_DRAWS)
     return {
         "lipschitz": float(torch.log(constants.logits).mean().exp()) * constants.token_norm,
         "layer_noise_rise": of_layers[1].nll - of_layers[0].nll,
