@@ -5,12 +5,9 @@ Four sections of a fine-tuning hold other libraries' options under their own nam
 so a misspelled one stops the run before any work.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from inspect import Parameter, signature
-from pathlib import Path
 
 import torch
 import yaml
@@ -21,6 +18,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from dipnet_hf import DipConfig
 from dipnet_hf.regularizers import METHODS, TFB, Regularizer
 from dipnet_hf.regularizers.samples import SampledRegularizer
+from recipes.yaml_values import check_keys, did_you_mean, field_names, read_values
 
 DTYPES = ("float32", "bfloat16", "float16")
 WATCHED = {"loss", "nll", "exact_match"}  # what training.metric_for_best_model may name, after "eval_" or without
@@ -416,54 +414,9 @@ def load_distill_config(path: str, overrides: Sequence[str] = ()) -> DistillConf
     return DistillConfig(**values)
 
 
-def read_values(path: str, overrides: Sequence[str]) -> dict:
-    if not Path(path).is_file():
-        raise ValueError(f"No configuration file at {path}; those of this repository are in recipes/configs/.")
-    values = _parse_yaml(Path(path).read_text(encoding="utf-8"), path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}.")
-    for override in overrides:
-        _apply_override(values, override)
-    return values
-
-
 def dump_config(config: FinetuneConfig | DistillConfig) -> str:
     """Write a configuration as the YAML that it is loaded from."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that reads `1e-4` as a number, as YAML 1.2 does; YAML 1.1 wants `1.0e-4`."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parse_yaml(text: str, source: str):
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not valid YAML: {error}") from error
-
-
-def _apply_override(values: dict, override: str) -> None:
-    """Set one dotted `key=value` in `values`, making the sections that are not there."""
-    key, separator, text = override.partition("=")
-    if not (key and separator):
-        raise ValueError(f"--set takes key=value, got {override!r}; write for instance training.learning_rate=1e-4.")
-    *sections, name = key.split(".")
-    for depth, section in enumerate(sections, start=1):
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"--set {override}: {'.'.join(sections[:depth])} is {values!r} and has no keys; "
-                f"replace it as a whole with --set '{'.'.join(sections[:depth])}={{...}}'."
-            )
-    values[name] = _parse_yaml(text, f"--set {override}")
 
 
 def _check_all_keys(values: dict) -> None:
@@ -508,32 +461,11 @@ def _check_regularizer(values) -> None:
     check_keys("regularizer", values, {"name", *field_names(METHODS[name])})
 
 
-def check_keys(section: str, given: dict, allowed: set[str]) -> None:
-    """Raise a `ValueError` that names the nearest allowed keys when `given` holds another one."""
-    prefix = f"{section}." if section else ""
-    if not isinstance(given, dict):
-        raise ValueError(f"{section} must hold `key: value` lines, got {given!r}.")
-    for key in given:
-        if key not in allowed:
-            raise ValueError(f"Unknown key {prefix}{key}; {did_you_mean(key, allowed, prefix)}")
-
-
-def did_you_mean(given, allowed: Iterable[str], prefix: str = "") -> str:
-    """Name the nearest of the allowed names, or all of them."""
-    nearest = get_close_matches(str(given), sorted(allowed), n=3, cutoff=0.4)
-    names = ", ".join(prefix + name for name in nearest or sorted(allowed))
-    return f"did you mean {names}?" if nearest else f"allowed are {names}."
-
-
 def _watch_config(values) -> WatchConfig:
     check_keys("evaluation.while_training", values, field_names(WatchConfig))
     if "num_problems" not in values:
         raise ValueError("evaluation.while_training lacks num_problems: write for instance {num_problems: 32}.")
     return WatchConfig(**values)
-
-
-def field_names(config_class: type) -> set[str]:
-    return {item.name for item in fields(config_class) if item.init}
 
 
 def _parameter_names(function: Callable) -> set[str]:

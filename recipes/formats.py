@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from eval.task_files import KINDS
-from recipes.config import did_you_mean
+from recipes.yaml_values import did_you_mean
 
 COLUMNS = ("question", "answer")
 SVAMP_COLUMNS = ("Body", "Question", "Equation", "Answer")

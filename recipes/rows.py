@@ -22,8 +22,8 @@ from datasets import (
 from datasets.data_files import EmptyDatasetError
 
 from eval.json_rows import read_rows
-from recipes.config import did_you_mean
 from recipes.formats import BESIDE_TURNS, COLUMNS, FORMATS, KNOWN_COLUMNS, TURNS, check_rows, check_texts, format_of
+from recipes.yaml_values import did_you_mean
 
 NUM_SVAMP_TRAIN = 700  # of 1,000, the rest is for testing, as on the Hub
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv")

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.config import DistillConfig, FinetuneConfig, check_keys, field_names, load_config, read_values
+from recipes.config import DistillConfig, FinetuneConfig, load_config
+from recipes.yaml_values import check_keys, field_names, read_values
 
 _OF_THE_STUDY = {
     "training.output_dir",
