@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from report.results import read_results
 from report.study_families import compare_references
 from report.study_rows import (
     PLAIN,
+    Time,
     answer_curves,
     ensemble_nll,
     figures,
@@ -141,8 +143,8 @@ def _rows(study: StudyConfig, read: dict, chosen: dict, tuned: dict) -> list[dic
             distilled = _row(study, read, name, "distilled", value)
             if num_passes(answer) > 1 and distilled["num_seeds"]:
                 rows.append(distilled)
-    plain: dict[str, dict[str, float]] = next((row["seconds"] for row in rows if row["method"] == PLAIN), {})
-    return [row | {"relative_seconds": relative_seconds(row["seconds"], plain)} for row in rows]
+    plain: dict[str, dict[str, Time]] = next((row["times"] for row in rows if row["method"] == PLAIN), {})
+    return [row | {"relative_seconds": relative_seconds(row["times"], plain)} for row in rows]
 
 
 def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> dict:
@@ -160,7 +162,7 @@ def _row(study: StudyConfig, read: dict, name: str, answer: str, value: Any) -> 
     row["curves"] = answer_curves(list(answers.values())) if answers else None
     row["validation"] = validation_curve(list(done.values()))
     row["noise"] = noise_by_site(list(done.values()))
-    row["seconds"] = _seconds_by_machine(done, answer)
+    row["times"] = _times_by_machine(done, answer)
     return row
 
 
@@ -200,9 +202,9 @@ def _deep_ensembles(study: StudyConfig, read: dict, rows: list[dict]) -> list[di
         row |= {"validation_nll": None, "right": {}, "curves": None, "validation": [], "noise": None}
         row |= {"figures": spreads(nll), "num_seeds": size * len(groups), "is_deep_ensemble": True}
         row["files"] = {seed: plain["files"][seed] for group in groups for seed in group}
-        row["seconds"] = {
-            machine: {seed: size * seconds for seed, seconds in by_seed.items()}
-            for machine, by_seed in plain["seconds"].items()
+        row["times"] = {
+            machine: {seed: {**time, "seconds": size * time["seconds"]} for seed, time in by_seed.items()}
+            for machine, by_seed in plain["times"].items()
         }
         row["relative_seconds"] = plain["relative_seconds"] and size * plain["relative_seconds"]
         found.append(row)
@@ -232,11 +234,12 @@ def _machine(results: dict) -> str:
     return hardware.get("gpu") or hardware["cpu"]
 
 
-def _seconds_by_machine(results: dict[str, dict], answer: str) -> dict[str, dict[str, float]]:
+def _times_by_machine(results: dict[str, dict], answer: str) -> dict[str, dict[str, Time]]:
     """The times of training, and distillation, by machine and seed; cells that were interrupted have none."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Time]] = {}
     for seed, result in results.items():
         parts = [result["seconds"].get(name) for name in ("training", *["distillation"] * (answer == "distilled"))]
         if None not in parts:
-            found.setdefault(_machine(result), {})[seed] = sum(parts)
+            ended = datetime.fromisoformat(result["provenance"]["date"]).timestamp()
+            found.setdefault(_machine(result), {})[seed] = Time(seconds=sum(parts), ended=ended)
     return found

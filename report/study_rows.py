@@ -6,6 +6,7 @@ A cell's `result` is its `result.json`, an `answer` one entry of `result["answer
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import TypedDict
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -32,8 +33,16 @@ HIGHER_IS_BETTER = ("token_accuracy", "exact_match", "auroc")
 PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
 PLAIN_AT_TWICE_THE_TIME = "plain_twice_as_long"
 MOST_SECONDS = 2.0  # of training, relative to plain, that count as its cost
+SECONDS_OF_A_PAIR = 3600.0  # between the ends of two cells whose times are compared
 NUM_CURVE_POINTS = 50  # of a risk-coverage curve
 LEAST_COVERAGE = 0.05  # where one begins: before, the risk is that of a few answers
+
+
+class Time(TypedDict):
+    """How long a cell's training took, and when the cell ended, both in seconds."""
+
+    seconds: float
+    ended: float  # since the epoch
 
 
 def num_passes(answer: str) -> int:
@@ -142,20 +151,21 @@ def noise_by_site(results: Sequence[dict]) -> list[dict] | None:
 
 
 def relative_seconds(
-    seconds: Mapping[str, Mapping[str, float]], of_plain: Mapping[str, Mapping[str, float]]
+    times: Mapping[str, Mapping[str, Time]], of_plain: Mapping[str, Mapping[str, Time]]
 ) -> float | None:
     """Compare times on one machine: the median over seeds of a row's time over plain's; None without a pair.
 
-    The cells of one seed run one after another, so that what else the machine did slowed down both, or a few pairs.
+    Only cells that ended within an hour of each other are a pair: what else a machine did then slowed down both.
 
     Args:
-        seconds, of_plain: the times by machine and seed; those of two machines do not compare. That of most pairs
-            counts.
+        times, of_plain: by machine and seed; those of two machines do not compare. The machine with most pairs counts.
     """
-    ratios = (
-        [time / of_plain[machine][seed] for seed, time in by_seed.items() if seed in of_plain.get(machine, {})]
-        for machine, by_seed in seconds.items()
-    )
+    ratios = []
+    for machine, by_seed in times.items():
+        plain = of_plain.get(machine, {})
+        pairs = [(time, plain[seed]) for seed, time in by_seed.items() if seed in plain]
+        pairs = [pair for pair in pairs if abs(pair[0]["ended"] - pair[1]["ended"]) < SECONDS_OF_A_PAIR]
+        ratios.append([ours["seconds"] / theirs["seconds"] for ours, theirs in pairs])
     most = max(ratios, key=len, default=[])
     return median(most) if most else None
 

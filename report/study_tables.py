@@ -180,7 +180,7 @@ def _costs(summary: dict) -> Table:
     rows = []
     for row in summary["rows"]:
         loss = "-" if row["validation_nll"] is None else f"{row['validation_nll']:.4f}"
-        by_machine = {machine: list(times.values()) for machine, times in row["seconds"].items()}
+        by_machine = {machine: [time["seconds"] for time in times.values()] for machine, times in row["times"].items()}
         measured = (f"{median(times):.0f} s on {machine}, n = {len(times)}" for machine, times in by_machine.items())
         seconds = "\n".join(measured) or "-"
         relative = _times(row["relative_seconds"])

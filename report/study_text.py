@@ -167,7 +167,7 @@ def conditions(summary: dict) -> list[str]:
         "groups for a test.",
         "The best other method is the one of the least mean NLL, of the test problems where it has any: this choice "
         "favours it. Times are those of training, before the test problems, and include distillation: the median "
-        f"over seeds of a time over {PLAIN}'s with the same seed, on the machine that most of them ran on.",
+        f"over seeds of a time over {PLAIN}'s with the same seed, on one machine and within an hour.",
     ]
 
 

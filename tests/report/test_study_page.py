@@ -6,7 +6,7 @@ import pytest
 
 from report.study_page import format_markdown, write_html
 from report.study_pictures import PICTURES, draw_tuning
-from report.study_rows import SMOOTHNESS
+from report.study_rows import SMOOTHNESS, Time
 from report.study_tables import tables
 from report.study_text import are_tested, conditions, gaps, missing_cells, sentences
 
@@ -23,7 +23,7 @@ def row(method, answer="one pass", nll=2.0, **changed):
         "setting": "lr",
         "value": 1,
         "validation_nll": 2.5,
-        "seconds": {"a CPU": {"0": 2.0, "1": 4.0}},
+        "times": {"a CPU": {"0": Time(seconds=2.0, ended=0.0), "1": Time(seconds=4.0, ended=0.0)}},
         "relative_seconds": 1.5,
     }
     made |= {

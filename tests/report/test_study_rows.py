@@ -5,6 +5,7 @@ import pytest
 
 from report.study_rows import (
     LEAST_COVERAGE,
+    Time,
     answer_curves,
     ensemble_nll,
     figures,
@@ -99,12 +100,27 @@ def test_a_validation_curve_has_the_steps_of_all_seeds():
     assert validation_curve([]) == []
 
 
+def times_of(by_machine, ended=0.0):
+    return {
+        machine: {seed: Time(seconds=seconds, ended=ended) for seed, seconds in by_seed.items()}
+        for machine, by_seed in by_machine.items()
+    }
+
+
 def test_times_are_compared_by_seed_on_the_machine_that_has_most_pairs():
-    plain = {"CPU": {"0": 10.0, "1": 30.0}, "GPU": {"0": 4.0, "1": 4.0, "2": 40.0}}
-    assert relative_seconds({"CPU": {"0": 40.0}, "GPU": {"0": 5.0, "1": 7.0, "2": 60.0}}, plain) == 1.5
-    assert relative_seconds({"CPU": {"0": 40.0}, "other": {"0": 5.0, "1": 7.0}}, plain) == 4
-    assert relative_seconds({"other": {"0": 5.0}}, plain) is None and relative_seconds({}, plain) is None
-    assert relative_seconds({"CPU": {"7": 5.0}}, plain) is None
+    plain = times_of({"CPU": {"0": 10.0, "1": 30.0}, "GPU": {"0": 4.0, "1": 4.0, "2": 40.0}})
+    two_machines = {"CPU": {"0": 40.0}, "GPU": {"0": 5.0, "1": 7.0, "2": 60.0}}
+    assert relative_seconds(times_of(two_machines), plain) == 1.5
+    assert relative_seconds(times_of({"CPU": {"0": 40.0}, "other": {"0": 5.0, "1": 7.0}}), plain) == 4
+    assert relative_seconds(times_of({"other": {"0": 5.0}}), plain) is None and relative_seconds({}, plain) is None
+    assert relative_seconds(times_of({"CPU": {"7": 5.0}}), plain) is None
+
+
+def test_cells_of_different_hours_are_no_pair():
+    plain = times_of({"CPU": {"0": 10.0, "1": 10.0}})
+    assert relative_seconds(times_of({"CPU": {"0": 30.0}}, ended=3500.0), plain) == 3
+    later = times_of({"CPU": {"0": 30.0}}, ended=7000.0)["CPU"] | times_of({"CPU": {"1": 20.0}})["CPU"]
+    assert relative_seconds({"CPU": later}, plain) == 2
 
 
 def test_noise_is_relative_to_where_it_began():
