@@ -88,6 +88,8 @@ def writes(nll_of, seconds=0.0):
             "noise": None,
             "provenance": recorded,
         }
+        if cell.is_distilled:
+            result["distillation"] = asdict(cell.distill_config())
         write_whole(cell.result_file, json.dumps(result))
 
     return run
