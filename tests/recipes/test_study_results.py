@@ -143,6 +143,16 @@ def test_a_cell_is_missing_unfinished_other_or_done(make_study):
     assert read_cell(changed)[:2] == ("other", "ran with another max_length")
 
 
+def test_a_cell_that_lacks_what_the_study_measures_by_now_does_not_count(make_study):
+    cell = Cell(make_study(), "final", "dip", METHODS["dip"]["values"][0], 0)
+    write_cell(cell, {"one pass": answer(2.0)})
+    assert read_cell(cell).state == "done"
+    measured = cell._replace(study=make_study(num_smoothness_problems=4))
+    assert read_cell(measured)[:2] == ("other", "ran with another num_smoothness_problems")
+    distilled = cell._replace(study=make_study(distill={"num_samples": 2, "training": {"use_cpu": True}}))
+    assert distilled.is_distilled and read_cell(distilled)[:2] == ("other", "ran with another distill")
+
+
 def test_a_row_has_the_figures_of_its_seeds_and_their_files(make_study):
     study = make_study(seeds=[0, 1])
     tune(study)
