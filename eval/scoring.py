@@ -85,7 +85,10 @@ class Prompts:
         loaded = _load_tasks(tasks, max_new_tokens=1)["tasks"]
         for task in loaded.values():
             task.build_all_requests(limit=limit, **self._settings)
-        return {name: [self._encode(request.args[0]) for request in task.instances] for name, task in loaded.items()}
+        return {
+            name: [self._encode(request.args[0]) for request in task.instances if request.idx == 0]  # not every option
+            for name, task in loaded.items()
+        }
 
     def of_turns(self, turns: list[dict[str, str]]) -> list[int]:
         """Ask after some turns, in the chat template."""

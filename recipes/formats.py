@@ -1,6 +1,6 @@
 """The formats of rows: which columns and turns each has, and what is said of a row that has them not.
 
-They are TRL's, and the questions and answers of GSM8K and of SVAMP.
+They are TRL's, and the questions and answers of GSM8K, of SVAMP and of AQuA-RAT.
 """
 
 import json
@@ -14,9 +14,11 @@ from recipes.yaml_values import did_you_mean
 
 COLUMNS = ("question", "answer")
 SVAMP_COLUMNS = ("Body", "Question", "Equation", "Answer")
+AQUA_COLUMNS = ("question", "options", "correct")
 FORMATS = {
     "SVAMP": SVAMP_COLUMNS,
     "question / answer": COLUMNS,
+    "AQuA-RAT": AQUA_COLUMNS,
     "messages": ("messages",),
     "prompt / completion": ("prompt", "completion"),
     "text": ("text",),
@@ -94,6 +96,17 @@ def _check_svamp(place: str, row: dict[str, Any]) -> None:
         raise ValueError(f"{place}: Answer must be a number, got {row['Answer']!r:.60}.")
 
 
+def _check_aqua(place: str, row: dict[str, Any]) -> None:
+    check_texts("question", "correct")(place, row)
+    if not KINDS["a list of text"](row["options"]):
+        raise ValueError(f"{place}: options must be a list of text, got {row['options']!r:.60}.")
+    letters = [option[:1] for option in row["options"]]
+    if letters.count(row["correct"]) != 1:
+        raise ValueError(
+            f"{place}: correct must be the first letter of one option, got {row['correct']!r} and {row['options']}."
+        )
+
+
 def _check_messages(place: str, row: dict[str, Any]) -> None:
     check_turns(f"{place}: messages", row["messages"])
     if row["messages"][0]["role"] == "assistant":
@@ -161,6 +174,7 @@ def _nearest_role(role: Any) -> str:
 CHECKS: dict[str, Callable[[str, dict[str, Any]], None]] = {
     "SVAMP": _check_svamp,
     "question / answer": check_texts(*COLUMNS),
+    "AQuA-RAT": _check_aqua,
     "messages": _check_messages,
     "prompt / completion": _check_completion,
     "text": check_texts("text"),

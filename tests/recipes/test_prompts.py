@@ -15,6 +15,7 @@ from tests.helpers import write_jsonl
 
 PROBLEMS = [{"question": f"{number} + 1?", "answer": "#### 2"} for number in range(5)]
 SVAMP = {"Body": "A pack costs 76.", "Question": "And now?", "Equation": "( 76.0 + 1.0 )", "Answer": 77.0}
+AQUA = {"question": "1 + 1?", "options": ["A)1", "B)2"], "correct": "B"}
 
 
 def conversations(*openings):
@@ -49,10 +50,13 @@ def check(model_folder, chat_tokenizer):
 
 
 @pytest.mark.parametrize("settings", [{}, {"apply_chat_template": True}])
-@pytest.mark.parametrize("task", ["gsm8k_local", "word_problems", "svamp"])
-def test_questions_are_asked_as_they_are_trained(check, tmp_path, task, settings):
-    (tmp_path / "svamp.json").write_text(json.dumps([SVAMP]))
-    check(PROBLEMS, {task: str(tmp_path / "svamp.json") if task == "svamp" else None}, **settings)
+@pytest.mark.parametrize(
+    ("task", "problems"),
+    [("gsm8k_local", None), ("word_problems", None), ("svamp", [SVAMP]), ("aqua_rat_local", [AQUA] * 5)],
+)
+def test_questions_are_asked_as_they_are_trained(check, tmp_path, task, problems, settings):
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    check(PROBLEMS, {task: problems and str(tmp_path / "problems.json")}, **settings)
 
 
 def test_a_system_prompt_is_that_of_the_tasks(check):
