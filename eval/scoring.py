@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 
 from dipnet_hf.answers import WritingLM
 from eval.calibration import calibration, confidences, metric_of
-from eval.task_files import GSM8K_COLUMNS, check_data_files, resolve_tasks
+from eval.task_files import GSM8K_COLUMNS, check_data_files, columns_of, resolve_tasks
 
 _CALIBRATION = {"ece": "ece_width", "brier": "brier", "auroc": "auroc", "aurc": "aurc"}  # its figures' names here
 
@@ -111,8 +111,7 @@ class AnswerCheck:
 
     def __init__(self, task: str, filter_name: str) -> None:
         (spec,) = resolve_tasks([task], {task: {"test": ""}})
-        columns = (spec.get("metadata") or {}).get("columns", GSM8K_COLUMNS)
-        if columns != GSM8K_COLUMNS or spec["output_type"] != "generate_until":
+        if columns_of(spec) != GSM8K_COLUMNS or spec["output_type"] != "generate_until":
             raise ValueError(
                 f"{task} does not compare a written answer with the one of a {' and '.join(GSM8K_COLUMNS)}: take "
                 "gsm8k_local or one like it."

@@ -43,6 +43,11 @@ def resolve_tasks(names: Iterable[str], data_files: dict[str, dict[str, str]]) -
     return [_resolve(load_yaml(index[name].yaml_path), data_files.get(name, {})) for name in names]
 
 
+def columns_of(task_config: dict) -> dict[str, str | list]:
+    """What a problem of a task holds; see `check_json_file`."""
+    return (task_config.get("metadata") or {}).get("columns", GSM8K_COLUMNS)
+
+
 def check_data_files(task_configs: Iterable[str | dict]) -> None:
     """Check every file of the given configurations; names of the harness' own tasks are passed over.
 
@@ -51,7 +56,7 @@ def check_data_files(task_configs: Iterable[str | dict]) -> None:
     """
     for config in task_configs:
         if isinstance(config, dict):
-            columns = (config.get("metadata") or {}).get("columns", GSM8K_COLUMNS)
+            columns = columns_of(config)
             for path in ((config.get("dataset_kwargs") or {}).get("data_files") or {}).values():
                 check_json_file(path, columns)
 

@@ -33,12 +33,12 @@ from dipnet_hf.card import read_noise
 from dipnet_hf.regularizers import regularize
 from dipnet_hf.regularizers.samples import SampledRegularizer
 from dipnet_hf.sharding import whole_shape
+from eval.task_files import columns_of, resolve_tasks
 from recipes.arguments import positive
 from recipes.config import FinetuneConfig, dump_config, load_config
 from recipes.data import PreparedData, first_rows, heldout_lines, heldout_set, make_collator, prepare_data
 from recipes.evaluation import TOKENS_FILE, TokenMetrics, evaluate, save_tokens, score_tasks
 from recipes.examples import print_examples
-from recipes.formats import COLUMNS
 from recipes.packing import PaddingFreeCollator, check_packing, is_padding_free, pack
 from recipes.plan import print_plan
 from recipes.prompts import check_prompts
@@ -251,15 +251,18 @@ def check_scoring(trainer: Trainer, config: FinetuneConfig, data: PreparedData) 
         )
     if not config.evaluation.tasks:
         return
-    scores_test_split = None in config.evaluation.tasks.values()
-    if data.heldout is None and scores_test_split:
+    of_test_split = [name for name, path in config.evaluation.tasks.items() if path is None]
+    if data.heldout is None and of_test_split:
         raise ValueError(f"{config.dataset} has no test split to score on; set evaluation.tasks=[].")
     held_out = [splits["test"].column_names for splits in data.rows if "test" in splits]
-    if scores_test_split and (others := [names for names in held_out if not set(COLUMNS) <= set(names)]):
-        raise ValueError(
-            f"The tasks read {' and '.join(COLUMNS)}, and a test split has {', '.join(others[0])}: give each task a "
-            "file of its own, evaluation.tasks={gsm8k_local: FILE}, or none, evaluation.tasks=[]."
-        )
+    for task in resolve_tasks(of_test_split, {name: {"test": ""} for name in of_test_split}):
+        wanted, name = columns_of(task), task["task"]
+        if others := [names for names in held_out if not set(wanted) <= set(names)]:
+            raise ValueError(
+                f"{name} reads {', '.join(wanted)}, and a test split has {', '.join(others[0])}: choose a task that "
+                f"reads these, or give it a file of its own, evaluation.tasks={{{name}: FILE}}, or take none, "
+                "evaluation.tasks=[]."
+            )
 
 
 def describe(trainer: Trainer, config: FinetuneConfig, counts: dict) -> None:

@@ -40,21 +40,22 @@ def format_of(place: str, names: Iterable[str]) -> str:
     if not found:
         raise ValueError(f"{place} has the columns {', '.join(names)} and {_what_is_missing(names)}")
     if len(found) > 1 and found[0] not in ("SVAMP", "question / answer"):
+        chosen = ", ".join(f"{name}: {name}" for name in FORMATS[found[0]])
         raise ValueError(
             f"{place} has the columns of several formats: {', '.join(found)}. Name those to use, such as "
-            f"columns: {{{FORMATS[found[0]][0]}: {FORMATS[found[0]][0]}}}."
+            f"columns: {{{chosen}}}."
         )
     return found[0]
 
 
 def _what_is_missing(names: list[str]) -> str:
-    begun = [columns for columns in FORMATS.values() if set(columns) & set(names)]
-    if begun:
-        missing = [name for name in begun[0] if name not in names]
+    nearest_format = max(FORMATS.values(), key=lambda columns: len(set(columns) & set(names)))
+    missing = [name for name in nearest_format if name not in names]
+    if len(missing) < len(nearest_format):
         others = [name for name in names if name not in KNOWN_COLUMNS]
         nearest = f" For {missing[0]}, {did_you_mean(missing[0], others)}" if others else ""
         return (
-            f"lacks {', '.join(missing)}; rename its columns to {' and '.join(begun[0])} with columns: "
+            f"lacks {', '.join(missing)}; rename its columns to {' and '.join(nearest_format)} with columns: "
             f"{{its name: {missing[0]}}}.{nearest}"
         )
     formats = "; or ".join(" and ".join(columns) for columns in FORMATS.values())
@@ -101,9 +102,9 @@ def _check_aqua(place: str, row: dict[str, Any]) -> None:
     if not KINDS["a list of text"](row["options"]):
         raise ValueError(f"{place}: options must be a list of text, got {row['options']!r:.60}.")
     letters = [option[:1] for option in row["options"]]
-    if letters.count(row["correct"]) != 1:
+    if "" in letters or letters.count(row["correct"]) != 1:
         raise ValueError(
-            f"{place}: correct must be the first letter of one option, got {row['correct']!r} and {row['options']}."
+            f"{place}: correct must be the letter of one option, got {row['correct']!r} and {row['options']!r:.60}."
         )
 
 

@@ -1,7 +1,7 @@
 """Rows of data: read from the Hub, a folder or a file, with errors that name their place.
 
-What a row says is not changed here, but for SVAMP, whose problems come with equations in place of answers, and for
-AQuA-RAT, whose come with options. Formats are the matter of `recipes/formats.py`, tokens of `recipes/tokens.py`.
+What a row says is not changed here, but for SVAMP, whose problems come with equations in place of answers. Formats are
+the matter of `recipes/formats.py`, tokens of `recipes/tokens.py`.
 """
 
 import csv
@@ -39,8 +39,8 @@ def load_rows(
     """Load the rows to train on, as `train`, and those of `test` if there are any: the Hub's, a folder's or a file's.
 
     JSON files on this machine are read as they are: the errors of `datasets` name neither their line nor their column,
-    and it takes text that looks like a date for a date. A data set with the columns of SVAMP or of AQuA-RAT is turned
-    into questions and answers; without a `test` split, what follows the first 700 problems of SVAMP is that.
+    and it takes text that looks like a date for a date. A data set with the columns of SVAMP is turned into questions
+    and answers; without a `test` split, what follows its first 700 problems is that.
 
     Args:
         dataset (`str`): Hub id, or path of a folder or of a JSON, JSON Lines, CSV or Parquet file.
@@ -63,9 +63,7 @@ def load_rows(
     splits = DatasetDict({"train": _read(dataset, split, found[split], columns)})
     if "test" in found and split != "test":
         splits["test"] = _read(dataset, "test", found["test"], columns)
-    if "Equation" in splits["train"].column_names and "test" not in splits:
-        splits = _split_svamp(splits["train"])
-    return DatasetDict({name: _ask(rows) for name, rows in splits.items()})
+    return _from_svamp(splits)
 
 
 def _find_splits(dataset: str, config_name: str | None) -> dict[str, list[str]] | DatasetDict:
@@ -166,19 +164,21 @@ def _object(place: str, row) -> dict[str, Any]:
 # ---- questions and answers ----
 
 
-def _split_svamp(problems: Dataset) -> DatasetDict:
-    if len(problems) <= NUM_SVAMP_TRAIN:
-        return DatasetDict({"train": problems})
-    train = problems.select(range(NUM_SVAMP_TRAIN))
-    return DatasetDict({"train": train, "test": problems.select(range(NUM_SVAMP_TRAIN, len(problems)))})
+def _from_svamp(splits: DatasetDict) -> DatasetDict:
+    if "Equation" not in splits["train"].column_names:
+        return splits
+    splits = DatasetDict({name: _solve(rows) for name, rows in splits.items()})
+    if "test" not in splits and len(splits["train"]) > NUM_SVAMP_TRAIN:
+        whole = splits["train"]
+        splits["train"] = whole.select(range(NUM_SVAMP_TRAIN))
+        splits["test"] = whole.select(range(NUM_SVAMP_TRAIN, len(whole)))
+    return splits
 
 
-def _ask(problems: Dataset) -> Dataset:
-    """Turn problems that come in another form into questions and answers."""
-    for column, as_question in (("Equation", svamp_problem), ("options", aqua_problem)):
-        if column in problems.column_names:
-            return problems.map(as_question, remove_columns=problems.column_names, desc="Questions and answers")
-    return problems
+def _solve(problems: Dataset) -> Dataset:
+    if "Equation" not in problems.column_names:
+        return problems
+    return problems.map(svamp_problem, remove_columns=problems.column_names, desc="SVAMP")
 
 
 def svamp_problem(row: dict) -> dict[str, str]:
@@ -189,21 +189,13 @@ def svamp_problem(row: dict) -> dict[str, str]:
     return {"question": f"{row['Body']} {row['Question']}", "answer": f"{equation} = {answer}\n#### {answer}"}
 
 
-def aqua_problem(row: dict) -> dict[str, str]:
-    """Turn a problem of AQuA-RAT into what `aqua_rat_local` asks, and into the right option: `A)21`."""
-    question = "\n".join([row["question"], "Options:", *row["options"]])
-    return {"question": question, "answer": next(option for option in row["options"] if option[0] == row["correct"])}
-
-
 def read_problems(path: str) -> list[dict]:
-    """Read one JSON Lines file of questions and answers, or one JSON array of them.
-
-    Problems of SVAMP and AQuA-RAT are turned into such.
+    """Read one JSON Lines file of questions and answers, or one JSON array of them; SVAMP's are turned into such.
 
     Raises:
         ValueError: the file is missing, empty or broken; the message names its path and line.
     """
-    problems = _ask(_read_split([path], "test", None))
+    problems = _solve(_read_split([path], "test", None))
     if "question" not in problems.column_names:
         raise ValueError(f"{path} has {', '.join(problems.column_names)}, and a task reads {' and '.join(COLUMNS)}.")
     return problems.to_list()

@@ -30,6 +30,12 @@ def format_prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
+def with_options(row: dict[str, Any]) -> tuple[str, str]:
+    """The question of a row of AQuA-RAT as `aqua_rat_local` asks it, and the right option, such as `A)21`."""
+    question = "\n".join([row["question"], "Options:", *row["options"]])
+    return question, next(option for option in row["options"] if option[:1] == row["correct"])
+
+
 def prompt_tokens(question: str, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = None) -> list[int]:
     """The tokens that ask a question, as `tokenize` puts them before its answer."""
     if chat is None:
@@ -81,7 +87,8 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat: Chat 
         input_ids = _with_eos(tokenizer, row["text"])
         return [TokenSequence(input_ids, input_ids)]
     if "question" in row:
-        prompt, completion = format_prompt(row["question"]), row["answer"]
+        question, completion = with_options(row) if "options" in row else (row["question"], row["answer"])
+        prompt = format_prompt(question)
         return (
             [_encode_completion(tokenizer, prompt, f" {completion}")]
             if chat is None

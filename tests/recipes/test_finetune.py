@@ -290,8 +290,21 @@ def test_conversations_are_no_problems_of_a_task(run, chat_model, tmp_path):
     for split in ("train", "test"):
         write_jsonl(tmp_path / "turns" / f"{split}.jsonl", [{"messages": messages}])
     settings = (f"model={chat_model}", f"dataset={tmp_path / 'turns'}", "evaluation.tasks=[gsm8k_local]")
-    with pytest.raises(ValueError, match="The tasks read question and answer, and a test split has messages"):
+    with pytest.raises(ValueError, match="gsm8k_local reads question, answer, and a test split has messages"):
         run("--set", *settings, "--dry-run")
+
+
+def test_options_are_learned_and_scored_by_their_own_task(run, tmp_path):
+    (tmp_path / "aqua").mkdir()
+    for split in ("train", "test"):
+        rows = [{"question": f"{number} + 1?", "options": ["A)1", "B)2"], "correct": "B"} for number in range(4)]
+        write_jsonl(tmp_path / "aqua" / f"{split}.jsonl", rows)
+    settings = ("--set", f"dataset={tmp_path / 'aqua'}", "training.max_steps=1")
+    with pytest.raises(ValueError, match="gsm8k_local reads question, answer, and a test split has question, options"):
+        run(*settings, "evaluation.tasks=[gsm8k_local]", "--dry-run", name="refused")
+    folder = run(*settings, "evaluation.tasks=[aqua_rat_local]", "evaluation.limit=null")
+    scores = json.loads((folder / "results.json").read_text())["scores"]["aqua_rat_local"]
+    assert scores["n"] == 4 and len(scores["correct,none"]) == 4 and scores["eval_nll"] > 0
 
 
 def test_examples_are_shown_and_nothing_is_run(run, capsys, monkeypatch):

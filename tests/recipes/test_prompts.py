@@ -1,7 +1,6 @@
 """The prompts of training and of scoring: what is the same passes, and every way in which they differ is named."""
 
 import copy
-import json
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -55,7 +54,8 @@ def check(model_folder, chat_tokenizer):
     [("gsm8k_local", None), ("word_problems", None), ("svamp", [SVAMP]), ("aqua_rat_local", [AQUA] * 5)],
 )
 def test_questions_are_asked_as_they_are_trained(check, tmp_path, task, problems, settings):
-    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    if problems is not None:
+        write_jsonl(tmp_path / "problems.json", problems)
     check(PROBLEMS, {task: problems and str(tmp_path / "problems.json")}, **settings)
 
 

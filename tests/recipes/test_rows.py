@@ -11,6 +11,7 @@ from tests.helpers import write_jsonl
 TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
 ROWS = {
     "question / answer": {"question": "1 + 1?", "answer": "2"},
+    "AQuA-RAT": {"question": "1 + 1?", "options": ["A)1", "B)2"], "correct": "B"},
     "messages": {"messages": TURNS},
     "prompt / completion": {"prompt": "1 + 1?", "completion": " 2"},
     "turns of a prompt": {"prompt": TURNS[:1], "completion": TURNS[1:]},
@@ -102,6 +103,20 @@ USER, ANSWER = TURNS
         ([{"messages": TURNS, "chat_template_kwargs": 1}], "chat_template_kwargs must be a mapping, got 1"),
         ([{"messages": [{**USER, "number": 10**30}]}], "line 1: messages holds NaN or a number of more"),
         ([{"messages": [{**USER, "role": ["user"]}]}], "turn 1 has the role .*; did you mean user?"),
+        ([{**ROWS["AQuA-RAT"], "correct": "C"}], r"correct must be the letter .*, got 'C' and \['A\)1', 'B\)2'\]"),
+        ([{**ROWS["AQuA-RAT"], "correct": 2}], "line 1: correct must be text, got 2"),
+        ([{**ROWS["AQuA-RAT"], "options": ["B)1", "B)2"]}], "line 1: correct must be the letter of one option"),
+        ([{**ROWS["AQuA-RAT"], "options": ["", "B)2"]}], "line 1: correct must be the letter of one option"),
+        ([{**ROWS["AQuA-RAT"], "options": "A)1"}], r"line 1: options must be a list of text, got 'A\)1'"),
+        (
+            [{"question": "a", "choices": ["A)1"], "correct": "A"}],
+            "lacks options; rename its columns to question and opt",
+        ),
+        (
+            [{"question": "a", "options": ["A)1"], "label": "A"}],
+            "lacks correct; rename its columns to question and opt",
+        ),
+        ([{**ROWS["AQuA-RAT"], "text": "a"}], "columns: {question: question, options: options, correct: correct}"),
         ([{"text": 3}], "line 1: text must be text, got 3"),
         ([{}], "line 1 has the columns  and lacks those of any format"),
     ],
