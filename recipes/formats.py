@@ -13,12 +13,10 @@ from eval.task_files import KINDS
 from recipes.yaml_values import did_you_mean
 
 COLUMNS = ("question", "answer")
-SVAMP_COLUMNS = ("Body", "Question", "Equation", "Answer")
-AQUA_COLUMNS = ("question", "options", "correct")
 FORMATS = {
-    "SVAMP": SVAMP_COLUMNS,
+    "SVAMP": ("Body", "Question", "Equation", "Answer"),
     "question / answer": COLUMNS,
-    "AQuA-RAT": AQUA_COLUMNS,
+    "AQuA-RAT": ("question", "options", "correct"),
     "messages": ("messages",),
     "prompt / completion": ("prompt", "completion"),
     "text": ("text",),
