@@ -381,7 +381,10 @@ def _training_arguments(training: dict) -> TrainingArguments:
     }
     if training.get("metric_for_best_model") in ("nll", "eval_nll"):
         training = {"greater_is_better": False, **training}  # transformers knows of "loss" alone that less is better
-    arguments = TrainingArguments(**{"dataloader_pin_memory": torch.accelerator.is_available(), **training})
+    has_accelerator = torch.accelerator.is_available()
+    if not has_accelerator and training.get("bf16"):
+        training = {"use_cpu": True, **training}  # else transformers refuses bf16, which CPUs have too
+    arguments = TrainingArguments(**{"dataloader_pin_memory": has_accelerator, **training})
     if arguments.data_seed is None:
         arguments.data_seed = arguments.seed
     return arguments

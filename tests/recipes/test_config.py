@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig
 
@@ -77,6 +78,15 @@ def test_overrides_reach_every_section(load, override, section, key, value):
 
 def test_an_unquoted_no_is_a_strategy(load):
     assert load("training.save_strategy=no").training_arguments().save_strategy == "no"
+
+
+@pytest.mark.parametrize("has_accelerator", [False, True])
+def test_bf16_is_for_cpus_too(load, has_accelerator, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: has_accelerator)
+    arguments = load("training.bf16=true").training_arguments()
+    assert arguments.bf16 and arguments.use_cpu is not has_accelerator
+    assert not load("training.bf16=false").training_arguments().use_cpu
 
 
 def test_overrides_reach_the_top_and_the_evaluation(load):
