@@ -14,6 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models.huggingface import HFLM
 
+GENERATED_PER_SCORED = 16  # rows of a batch: a generated row has the logits of one token, a scored one those of all
+
 
 class Answer(str):
     """A text that a model wrote.
@@ -60,7 +62,13 @@ class WritingLM(HFLM):
         """The log-probabilities of answers that are not empty, in nats, summed over their tokens."""
         # None for the texts, which no cache may hold: they do not tell the tokens.
         requests: Any = [(None, answer.prompt, answer.tokens) for answer in answers]
-        return [score for score, _ in self._loglikelihood_tokens(requests, disable_tqdm=True)]
+        batch_size = self.batch_size_per_gpu
+        if batch_size != "auto":
+            self.batch_size_per_gpu = max(1, batch_size // GENERATED_PER_SCORED)
+        try:
+            return [score for score, _ in self._loglikelihood_tokens(requests, disable_tqdm=True)]
+        finally:
+            self.batch_size_per_gpu = batch_size
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Generate, and note the tokens of every row."""
