@@ -46,6 +46,7 @@ class Answer(str):
 class WritingLM(HFLM):
     """The harness' `hf` model, whose `generate_until` returns `Answer`s."""
 
+    batch_size_per_gpu: int | str  # a number, or "auto"
     cache_hook: CacheHook
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -63,7 +64,7 @@ class WritingLM(HFLM):
         # None for the texts, which no cache may hold: they do not tell the tokens.
         requests: Any = [(None, answer.prompt, answer.tokens) for answer in answers]
         batch_size = self.batch_size_per_gpu
-        if batch_size != "auto":
+        if isinstance(batch_size, int):
             self.batch_size_per_gpu = max(1, batch_size // GENERATED_PER_SCORED)
         try:
             return [score for score, _ in self._loglikelihood_tokens(requests, disable_tqdm=True)]
