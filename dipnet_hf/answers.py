@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models.huggingface import HFLM
 
-GENERATED_PER_SCORED = 16  # rows of a batch: a generated row has the logits of one token, a scored one those of all
+GENERATED_PER_SCORED = 8  # rows of a batch: a generated row has the logits of one token, a scored one those of all
 
 
 class Answer(str):

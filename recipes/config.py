@@ -5,6 +5,7 @@ Four sections of a fine-tuning hold other libraries' options under their own nam
 so a misspelled one stops the run before any work.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from inspect import Parameter, signature
@@ -52,7 +53,8 @@ class EvaluationConfig:
         num_samples (`int`, *optional*): also score the mean of so many noisy passes of `dip`, or without it of so many
             samples of a `regularizer` that has them, such as `layer_dropout`.
         limit (`int`, *optional*): problems per task; all of them when null.
-        batch_size (`int`): rows generated at once; with `num_samples`, a prompt has so many.
+        batch_size (`int`): rows generated at once; with `num_samples`, a prompt has so many. An eighth as many are
+            scored at once.
         max_new_tokens (`int`): the longest answer.
         while_training (`WatchConfig`, *optional*): also log the exact match of a few problems at every evaluation of
             the training (`training.eval_strategy`), as `eval_exact_match`.
@@ -382,8 +384,9 @@ def _training_arguments(training: dict) -> TrainingArguments:
     if training.get("metric_for_best_model") in ("nll", "eval_nll"):
         training = {"greater_is_better": False, **training}  # transformers knows of "loss" alone that less is better
     has_accelerator = torch.accelerator.is_available()
-    if not has_accelerator and training.get("bf16"):
-        training = {"use_cpu": True, **training}  # else transformers refuses bf16, which CPUs have too
+    if training.get("bf16") and "use_cpu" not in training and not has_accelerator:
+        warnings.warn("There is no accelerator: training.bf16 trains on the CPU.", stacklevel=3)
+        training = {"use_cpu": True, **training}  # or transformers would refuse it
     arguments = TrainingArguments(**{"dataloader_pin_memory": has_accelerator, **training})
     if arguments.data_seed is None:
         arguments.data_seed = arguments.seed

@@ -175,16 +175,18 @@ def test_in_a_vote_an_answer_is_scored_by_the_sample_that_wrote_it(dip, tmp_path
         assert score == pytest.approx(log_probs[-len(text.tokens) :].sum().item(), rel=1e-4)
 
 
-def test_scoring_what_was_written_takes_smaller_batches(dip, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "scored"), [(16, 2), (4, 1)])
+def test_what_was_written_is_scored_in_smaller_batches(dip, monkeypatch, batch_size, scored):
     """All logits of a batch as large as one that is generated may not fit, and then the answers would be lost."""
-    lm = DipLM(pretrained=dip.model, tokenizer=dip.tokenizer, batch_size=32)
+    lm = DipLM(pretrained=dip.model, tokenizer=dip.tokenizer, batch_size=batch_size)
     answers = [text for text in answer(lm, "generate_until") if text]
     assert len(answers) > 2
     num_rows = []
     monkeypatch.setattr(lm, "_model_call", lambda rows: num_rows.append(len(rows)) or lm.model(rows).logits)
     small = lm.answer_log_likelihoods(answers)
-    assert max(num_rows) == 2 and lm.batch_size == 32
-    assert small == pytest.approx(in_memory(dip).answer_log_likelihoods(answers), rel=1e-4)
+    assert max(num_rows) == scored and lm.batch_size == batch_size
+    lm.batch_size_per_gpu = 8 * len(answers)
+    assert small == pytest.approx(lm.answer_log_likelihoods(answers), rel=1e-4) and max(num_rows) == len(answers)
 
 
 def test_further_repeats_wrap_around(dip):

@@ -37,7 +37,7 @@ def load(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_repository_configs_load_and_open_with_their_launch_command(path):
     recipe, load = ("distill", load_distill_config) if "distill" in path.stem else ("finetune", load_config)
-    config = load(str(path), ["training.use_cpu=true"])  # for bf16, which the arguments refuse without a GPU
+    config = load(str(path))
     assert path.read_text().startswith(f"# accelerate launch recipes/{recipe}.py recipes/configs/{path.name}\n")
     assert config.training["output_dir"] == f"runs/{path.stem}"
     config.training_arguments()
@@ -80,13 +80,21 @@ def test_an_unquoted_no_is_a_strategy(load):
     assert load("training.save_strategy=no").training_arguments().save_strategy == "no"
 
 
-@pytest.mark.parametrize("has_accelerator", [False, True])
-def test_bf16_is_for_cpus_too(load, has_accelerator, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: has_accelerator)
-    arguments = load("training.bf16=true").training_arguments()
-    assert arguments.bf16 and arguments.use_cpu is not has_accelerator
+def test_without_an_accelerator_bf16_is_for_the_cpu(load, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.warns(UserWarning, match="There is no accelerator: training.bf16 trains on the CPU"):
+        arguments = load("training.bf16=true").training_arguments()
+    assert arguments.bf16 and arguments.use_cpu
     assert not load("training.bf16=false").training_arguments().use_cpu
+    with pytest.raises(ValueError, match="use_cpu"):
+        load("training.bf16=true", "training.use_cpu=false").training_arguments()
+
+
+def test_with_an_accelerator_bf16_is_for_it(load, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    assert not load("training.bf16=true").training_arguments().use_cpu
 
 
 def test_overrides_reach_the_top_and_the_evaluation(load):
