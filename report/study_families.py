@@ -6,9 +6,9 @@ One family of Holm's correction is one answer of one reference, by one figure, a
 from statistics import mean
 
 from report.comparison import Comparison, compare, holm, mcnemar, smallest_p_value, verdict
-from report.study_rows import HIGHER_IS_BETTER
+from report.study_rows import HIGHER_IS_BETTER, is_nll_of_other_data
 
-COMPARED = ("nll", "token_ece", "exact_match", "answer_ece", "aurc")
+COMPARED = ("nll", "token_ece", "exact_match", "answer_ece", "aurc")  # and the NLL of other data sets
 
 
 def compare_references(rows: list[dict], references: list[str], margin: float) -> list[dict]:
@@ -18,7 +18,7 @@ def compare_references(rows: list[dict], references: list[str], margin: float) -
         rows (`list[dict]`): of a study's summary.
         references (`list[str]`): methods; one is among the others of another.
         margin (`float`): nats per token within which an NLL counts as the same. Other figures have no margin, and are
-            never called equivalent.
+            never called equivalent, those of other data sets among them.
 
     Returns:
         `list[dict]`: in each the `reference` and its `answer`, the other's `method` and `other_answer`, the `figure`,
@@ -26,9 +26,10 @@ def compare_references(rows: list[dict], references: list[str], margin: float) -
         answers), `holm_p_value`, `smallest_p_value` and `verdict` on the reference.
     """
     found = []
+    other_data = dict.fromkeys(name for row in rows for name in row["figures"] if is_nll_of_other_data(name))
     for ours in (row for row in rows if row["method"] in references):
         others = [row for row in rows if row["method"] != ours["method"] and row["num_passes"] == ours["num_passes"]]
-        for figure in COMPARED:
+        for figure in (*COMPARED, *other_data):
             found += _family(ours, others, figure, margin if figure == "nll" else 0.0)
     return found
 
@@ -36,6 +37,12 @@ def compare_references(rows: list[dict], references: list[str], margin: float) -
 def compared_of(comparisons: list[dict], reference: str, answer: str) -> list[dict]:
     """Choose the comparisons of one answer of a reference."""
     return [entry for entry in comparisons if (entry["reference"], entry["answer"]) == (reference, answer)]
+
+
+def compared_figures(comparisons: list[dict]) -> list[str]:
+    """Name the figures that are compared, in the order of a report."""
+    found = dict.fromkeys(entry["figure"] for entry in comparisons)
+    return [name for name in dict.fromkeys((*COMPARED, *found)) if name in found]
 
 
 def _family(ours: dict, others: list[dict], figure: str, margin: float) -> list[dict]:

@@ -28,6 +28,7 @@ HEADINGS = {
     "layer_noise_rise": "NLL rise, noise at the layers",
     "weight_noise_rise": "NLL rise, noise in the weights",
 }
+NLL_OF_OTHER_DATA = f" {HEADINGS['nll']}"  # behind a task's name
 SMOOTHNESS = ("lipschitz", "layer_noise_rise", "weight_noise_rise")
 HIGHER_IS_BETTER = ("token_accuracy", "exact_match", "auroc")
 PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
@@ -55,6 +56,16 @@ def row_name(row: dict) -> str:
     return row["method"] if row["answer"] == "one pass" else f"{row['method']} ({row['answer']})"
 
 
+def headings(names: Sequence[str]) -> tuple[str, ...]:
+    """Name figures as a table does; those of other data sets have their names already."""
+    return tuple(HEADINGS.get(name, name) for name in names)
+
+
+def is_nll_of_other_data(name: str) -> bool:
+    """Tell whether a figure is the NLL of a task of another distribution."""
+    return name.endswith(NLL_OF_OTHER_DATA)
+
+
 def own_task(result: dict) -> str | None:
     """Name the task whose problems are those of the held-out NLL; tasks with a file are of other distributions."""
     tasks = result["provenance"]["config"]["evaluation"]["tasks"]
@@ -75,7 +86,7 @@ def figures(result: dict, answer: str) -> dict[str, float]:
             found |= of_task
         else:
             found |= {f"{task} {HEADINGS[name]}": score for name, score in of_task.items() if name == "exact_match"}
-            found |= {f"{task} {HEADINGS['nll']}": scores["nll"]}
+            found |= {f"{task}{NLL_OF_OTHER_DATA}": scores["nll"]}
     return {name: value for name, value in found.items() if value is not None}
 
 

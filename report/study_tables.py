@@ -7,12 +7,13 @@ from typing import NamedTuple
 from scipy.stats import spearmanr
 
 from report.comparison import SIGNIFICANCE
-from report.study_families import COMPARED, compared_of
+from report.study_families import compared_figures, compared_of
 from report.study_rows import (
     HEADINGS,
     MOST_SECONDS,
     PLAIN,
     SMOOTHNESS,
+    headings,
     plain_at_equal_time,
     row_name,
     rows_of_equal_cost,
@@ -69,13 +70,13 @@ def tables(summary: dict) -> list[Table]:
 def _verdicts(summary: dict, references: list[dict]) -> Table:
     """Count what is shown of each answer of a reference, and name what it is shown of."""
     compared = {id(row): compared_of(summary["comparisons"], row["method"], row["answer"]) for row in references}
-    names = [name for name in COMPARED if any(entry["figure"] == name for entry in summary["comparisons"])]
+    names = compared_figures(summary["comparisons"])
     rows = []
     for row in (row for row in references if compared[id(row)]):
         by_figure = [[entry for entry in compared[id(row)] if entry["figure"] == name] for name in names]
         rows.append((TextCell(row["method"]), TextCell(row["answer"]), *map(_verdict_counts, by_figure)))
     explanation = "By all comparisons below. Where a difference is not shown there may be one."
-    return Table("What is shown", explanation, ("method", "answer", *(HEADINGS[name] for name in names)), rows)
+    return Table("What is shown", explanation, ("method", "answer", *headings(names)), rows)
 
 
 def _verdict_counts(compared: list[dict]) -> TextCell:
@@ -102,7 +103,7 @@ def _equal_cost(summary: dict, references: list[dict]) -> Table:
         compared = (_comparison_with(summary, reference, row, "nll") for reference in against)
         figures = (TextCell(_mean(row, name)) for name in names)
         rows.append((*_first_cells(summary, row), TextCell(_times(row["relative_seconds"])), *figures, *compared))
-    header = (f"time over {PLAIN}", *(HEADINGS[name] for name in names))
+    header = (f"time over {PLAIN}", *headings(names))
     explanation = (
         f"One pass at inference, and at most {MOST_SECONDS:g} times the training time of {PLAIN}, by the clock; "
         "from the least NLL on. The last columns are a reference's NLL minus the row's, as in its own table."
@@ -153,7 +154,7 @@ def _figures(title: str, explanation: str, summary: dict, names: Sequence[str]) 
         if any(name in row["figures"] for name in shown)
     ]
     explanation += " Mean ± standard deviation, and the 99% interval of the mean."
-    return Table(title, explanation, (*FIRST_HEADINGS, *(HEADINGS.get(n, n) for n in shown), "result files"), rows)
+    return Table(title, explanation, (*FIRST_HEADINGS, *headings(shown), "result files"), rows)
 
 
 def _smoothness(summary: dict) -> Table:
@@ -216,7 +217,7 @@ def _spread(row: dict, name: str) -> TextCell:
 def _comparisons(summary: dict, ours: dict) -> Table:
     """Lay out one answer of a reference against all others, a column per figure."""
     compared = compared_of(summary["comparisons"], ours["method"], ours["answer"])
-    names = [name for name in COMPARED if any(entry["figure"] == name for entry in compared)]
+    names = compared_figures(compared)
     others = dict.fromkeys((entry["method"], entry["other_answer"]) for entry in compared)
     by_place = {(entry["method"], entry["other_answer"], entry["figure"]): entry for entry in compared}
     files = {(row["method"], row["answer"]): _files(row) for row in summary["rows"]}
@@ -228,7 +229,7 @@ def _comparisons(summary: dict, ours: dict) -> Table:
         f"{ours['method']}, {ours['answer']}, against the others",
         f"{ours['method']} minus the other, its 99% interval, p after Holm's correction, and what the first is. "
         "Of exact match McNemar's p over problems too, before any correction.",
-        ("other", "its answer", *(HEADINGS[name] for name in names), "its result files"),
+        ("other", "its answer", *headings(names), "its result files"),
         rows,
     )
 

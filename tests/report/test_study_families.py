@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from report.comparison import SIGNIFICANCE
-from report.study_families import compare_references
+from report.study_families import compare_references, compared_figures
 from report.study_rows import spread
 
 NUM_SEEDS = 12
@@ -102,6 +102,23 @@ def test_equivalence_is_claimed_of_the_nll_alone():
     found = compare_references([make_row("dip", **same), make_row("plain", **same)], ["dip"], margin=0.01)
     verdicts = {entry["figure"]: entry["verdict"] for entry in found}
     assert verdicts == {"nll": "equivalent", "token_ece": "no difference shown", "aurc": "no difference shown"}
+
+
+def test_each_other_data_set_is_a_family_of_its_own_and_its_right_answers_are_not_compared():
+    """That a method has more right answers must hold for other problems too, and theirs are not in a row."""
+    nll = np.linspace(1, 2, NUM_SEEDS)
+    by_name = {"nll": nll, "svamp NLL": nll, "more_steps NLL": nll, "svamp exact match": nll}
+    rows = [make_row("dip", **by_name)]
+    rows += [make_row(name, **by_name | {"svamp NLL": nll + 1}) for name in ("plain", "sam", "vib")]
+    rows.append(make_row("late", nll=nll))
+    found = compare_references(rows, ["dip"], margin=0.01)
+    assert compared_figures(found) == ["nll", "svamp NLL", "more_steps NLL"]
+    assert claims(found, "svamp NLL") == ["better"] * 3
+    assert claims(found, "more_steps NLL") == ["no difference shown"] * 3
+    smallest = 2.0 ** (1 - NUM_SEEDS)
+    assert [entry["holm_p_value"] for entry in found if entry["figure"] == "svamp NLL"] == pytest.approx(
+        [3 * smallest] * 3
+    )
 
 
 def test_shuffled_labels_are_seldom_told_apart():

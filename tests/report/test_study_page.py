@@ -218,6 +218,7 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
     summary["comparisons"].append(
         comparison("sam", "no difference shown", "aurc", holm_p_value=0.25, smallest_p_value=1)
     )
+    summary["comparisons"].append(comparison("<noise>", "better", "svamp NLL"))
     by_title = {table.title: table for table in tables(summary)}
     assert list(by_title) == [
         "What is shown",
@@ -236,7 +237,7 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
         assert len(by_title[title].rows) == 5 and "2.0000 ± 0.0000\n1.9000 to 2.1000" in [cell.text for cell in first]
         assert first[-1].links == (("0", "one/0/result.json"), ("1", "x/1/result.json"))
     against = by_title["dip, one pass, against the others"]
-    assert against.header == ("other", "its answer", "NLL", "AURC", "its result files")
+    assert against.header == ("other", "its answer", "NLL", "AURC", "svamp NLL", "its result files")
     assert all(cells[-1].links[1] == ("1", "x/1/result.json") for cells in against.rows)
     assert [[cell.text for cell in cells[:-1]] for cells in against.rows] == [
         [
@@ -244,8 +245,15 @@ def test_the_tables_have_every_figure_and_every_comparison(summary):
             "one pass",
             "-0.5000\n-0.6000 to -0.4000\np = 0.002: better",
             "-0.5000\n-0.6000 to -0.4000\np = 0.25: no difference shown",
+            "-",
         ],
-        ["<noise>", "one pass", "-0.5000\n-0.6000 to -0.4000\np = 0.002: worse", "-"],
+        [
+            "<noise>",
+            "one pass",
+            "-0.5000\n-0.6000 to -0.4000\np = 0.002: worse",
+            "-",
+            "-0.5000\n-0.6000 to -0.4000\np = 0.002: better",
+        ],
     ]
     costs = [cell.text for cell in by_title["Settings and cost"].rows[-1]]
     assert costs[:-1] == ["dip", "mean of 8", "2 of 2", "lr=1", "2.5000", "3 s on a CPU, n = 2", "1.50", "8"]
