@@ -89,10 +89,10 @@ class StudyConfig:
             )
         if not (isinstance(self.margin, (int, float)) and self.margin > 0):
             raise ValueError(f"margin must be positive, got {self.margin!r}.")
-        for name in ("num_finalists", "num_smoothness_problems"):
+        for name, least in (("num_finalists", 0), ("num_smoothness_problems", 1)):
             value = getattr(self, name)
-            if value is not None and not (type(value) is int and value > 0):
-                raise ValueError(f"{name} must be positive or null, got {value!r}.")
+            if value is not None and not (type(value) is int and value >= least):
+                raise ValueError(f"{name} must be null, or {least} or more, got {value!r}.")
         num_trials = {name: len(method.values) for name, method in self.methods.items()}
         if len(set(num_trials.values())) > 1:
             raise ValueError(f"Every method needs as many values as the others, got {num_trials}.")

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -237,6 +237,7 @@ def test_only_the_best_on_validation_problems_run_with_all_seeds(make_study):
     assert final_methods(done) == {*always, "good", "best"}
     summary = summarize(done)
     assert {row["method"] for row in summary["rows"] if row["num_seeds"]} == {*always, "good", "best"}
+    assert final_methods(replace(done, num_finalists=0)) == always
     assert not summary["missing"] and set(summary["tuning"]) == nll.keys()
 
 
@@ -336,8 +337,8 @@ def test_an_occupied_cell_is_left_to_its_process(make_study):
         ({"seeds": [1, 1]}, "seeds must be a list of different seeds"),
         ({"tuning_seeds": []}, "tuning_seeds must be a list"),
         ({"margin": 0}, "margin must be positive"),
-        ({"num_finalists": 0}, "num_finalists must be positive"),
-        ({"num_smoothness_problems": 0}, "num_smoothness_problems must be positive"),
+        ({"num_finalists": -1}, "num_finalists must be null, or 0 or more, got -1"),
+        ({"num_smoothness_problems": 0}, "num_smoothness_problems must be null, or 1 or more, got 0"),
         (QUANTIZED, "num_smoothness_problems: plain has a quantized base"),
         (
             {"num_smoothness_problems": 1, "set": {"weights": "frozen"}, "methods": {"dip": METHODS["dip"]}},
@@ -359,8 +360,10 @@ def test_repository_studies_load_and_open_with_their_launch_command(path, monkey
     loaded = load_study(path.relative_to(ROOT))
     assert path.read_text().startswith(f"# python recipes/study.py recipes/configs/{path.name} ")
     assert loaded.output_dir == f"recipes/results/study/{path.stem.removeprefix('study-')}"
-    finalists = {*loaded.references, "plain"}
-    num_others = len(finalists) + (loaded.num_finalists or len(loaded.methods) - len(finalists)) - 1
+    always = {*loaded.references, *(name for name in loaded.methods if name.startswith("plain"))}
+    num_others = len(loaded.methods) - 1
+    if loaded.num_finalists is not None:
+        num_others = min(num_others, len(always) + loaded.num_finalists - 1)
     num_rows = num_others if loaded.distill is None else 2 * num_others  # each may be distilled too
     assert smallest_p_value(len(loaded.seeds), num_rows) < 0.01, "a study that could show nothing"
 
