@@ -12,6 +12,7 @@ from recipes.study_config import Cell, StudyConfig, final_cells, tuning_cells
 from report.results import read_results
 from report.study_families import compare_references
 from report.study_rows import (
+    ONE_PASS,
     PLAIN,
     Time,
     answer_curves,
@@ -26,7 +27,6 @@ from report.study_rows import (
     validation_curve,
 )
 
-ONE_PASS = "one pass"
 ENSEMBLE_SIZE = 4  # beside the number of samples of the methods that have them
 
 

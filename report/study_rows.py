@@ -19,6 +19,7 @@ HEADINGS = {
     "token_accuracy": "token accuracy",
     "token_ece": "token ECE",
     "token_brier": "token Brier",
+    "best_validation_nll": "validation NLL",
     "exact_match": "exact match",
     "answer_ece": "answer ECE",
     "answer_brier": "answer Brier",
@@ -31,6 +32,7 @@ HEADINGS = {
 NLL_OF_OTHER_DATA = f" {HEADINGS['nll']}"  # behind a task's name
 SMOOTHNESS = ("lipschitz", "layer_noise_rise", "weight_noise_rise")
 HIGHER_IS_BETTER = ("token_accuracy", "exact_match", "auroc")
+ONE_PASS = "one pass"  # the answer of a plain pass through the model
 PLAIN = "plain"  # the method that costs are relative to and deep ensembles are made of, where a study has it
 PLAIN_AT_TWICE_THE_TIME = "plain_twice_as_long"
 MOST_SECONDS = 2.0  # of training, relative to plain, that count as its cost
@@ -53,7 +55,7 @@ def num_passes(answer: str) -> int:
 
 def row_name(row: dict) -> str:
     """Name a method and, if it is not a plain pass, its way of answering."""
-    return row["method"] if row["answer"] == "one pass" else f"{row['method']} ({row['answer']})"
+    return row["method"] if row["answer"] == ONE_PASS else f"{row['method']} ({row['answer']})"
 
 
 def headings(names: Sequence[str]) -> tuple[str, ...]:
@@ -79,6 +81,8 @@ def figures(result: dict, answer: str) -> dict[str, float]:
     """
     values = result["answers"][answer]
     found = {name: values[name] for name in ("nll", "token_accuracy", "token_ece", "token_brier")}
+    if answer == ONE_PASS:  # as validation problems are answered
+        found["best_validation_nll"] = min(_validation_by_step(result).values())
     found |= values.get("smoothness", {})
     for task, scores in values["scores"].items():
         of_task = _scores(scores)
@@ -141,12 +145,14 @@ def answer_curves(pooled: Sequence[tuple[list[float], list[int]]]) -> dict:
     }
 
 
-def validation_curve(results: Sequence[dict]) -> list[dict]:
-    """Average the validation NLL during training over seeds, at the steps that all of them have.
+def _validation_by_step(result: dict) -> dict[int, float]:
+    """The first value of a step counts: some result files also have the test problems' NLL, at the last step."""
+    return {entry["step"]: entry["nll"] for entry in reversed(result["validation"])}
 
-    Of a step's two values the first counts: some result files also have the test problems' NLL, at the last step.
-    """
-    curves = [{entry["step"]: entry["nll"] for entry in reversed(result["validation"])} for result in results]
+
+def validation_curve(results: Sequence[dict]) -> list[dict]:
+    """Average the validation NLL during training over seeds, at the steps that all of them have."""
+    curves = [_validation_by_step(result) for result in results]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     return [{"step": step, "nll": mean(curve[step] for curve in curves)} for step in steps]
 

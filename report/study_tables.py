@@ -20,7 +20,7 @@ from report.study_rows import (
 )
 
 FIRST_HEADINGS = ("method", "answer", "seeds")
-TOKEN_FIGURES = ("nll", "token_accuracy", "token_ece", "token_brier")
+TOKEN_FIGURES = ("nll", "token_accuracy", "token_ece", "token_brier", "best_validation_nll")
 ANSWER_FIGURES = ("exact_match", "answer_ece", "answer_brier", "auroc", "aurc")
 LEAST_CORRELATED = 5  # rows: fewer are in order by chance
 VERDICTS = {
@@ -56,7 +56,7 @@ def tables(summary: dict) -> list[Table]:
         _verdicts(summary, references),
         _equal_cost(summary, references),
         _equal_time(summary, references),
-        _figures("Held-out problems", "The given answers, token by token.", summary, TOKEN_FIGURES),
+        _figures("Held-out problems", _held_out(summary["rows"]), summary, TOKEN_FIGURES),
         _figures("Generated answers", "By the task's first filter, such as strict-match.", summary, ANSWER_FIGURES),
         _figures("Another distribution", "Problems of other data sets.", summary, list(dict.fromkeys(others))),
         _smoothness(summary),
@@ -155,6 +155,21 @@ def _figures(title: str, explanation: str, summary: dict, names: Sequence[str]) 
     ]
     explanation += " Mean ± standard deviation, and the 99% interval of the mean."
     return Table(title, explanation, (*FIRST_HEADINGS, *headings(shown), "result files"), rows)
+
+
+def _held_out(rows: list[dict]) -> str:
+    """Say what the table of the test problems has, and how far validation problems tell which method is best there."""
+    explanation = "The given answers, token by token; then the validation problems' NLL of each run's best step."
+    rows = [row for row in rows if "best_validation_nll" in row["figures"]]
+    if len(rows) >= LEAST_CORRELATED:
+        nll = [row["figures"]["nll"]["mean"] for row in rows]
+        of_runs = spearmanr([row["figures"]["best_validation_nll"]["mean"] for row in rows], nll)[0]
+        of_tuning = spearmanr([row["validation_nll"] for row in rows], nll)[0]
+        explanation += (
+            f" The rank correlation of these {len(rows)} methods' NLL with it is {of_runs:+.2f}, and with the NLL of "
+            f"their tuning {of_tuning:+.2f}."
+        )
+    return explanation
 
 
 def _smoothness(summary: dict) -> Table:

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 
 from report.comparison import SIGNIFICANCE
 from report.study_families import compared_of
-from report.study_rows import MOST_SECONDS, PLAIN, row_name, rows_of_equal_cost
+from report.study_rows import MOST_SECONDS, ONE_PASS, PLAIN, row_name, rows_of_equal_cost
 
-ONE_PASS = "one pass"
 WORDS = {"nll": "loss", "token_ece": "calibration error", "exact_match": "right answers"}
 
 

@@ -148,6 +148,18 @@ def test_without_figures_nothing_is_said(summary, tmp_path):
     assert "No figure yet" in page and "data:image" not in page
 
 
+def test_the_order_of_the_validation_problems_is_compared_with_that_of_the_test_problems(summary):
+    """By the runs with all seeds the same order, by the tuning the opposite one."""
+    by_nll = {f"method{nll}": float(nll) for nll in range(1, 6)}
+    summary["rows"] = [row(name, nll=nll, validation_nll=-nll) for name, nll in by_nll.items()]
+    for given in summary["rows"]:
+        given["figures"]["best_validation_nll"] = given["figures"]["nll"]
+    (table,) = (table for table in tables(summary) if table.title == "Held-out problems")
+    assert "of these 5 methods' NLL with it is +1.00, and with the NLL of their tuning -1.00" in table.explanation
+    summary["rows"].pop()
+    assert not any("correlation" in table.explanation for table in tables(summary)), "four are in order by chance"
+
+
 def test_smoothness_is_laid_out_with_its_rank_correlation_with_the_loss(summary):
     summary["rows"] += [row(f"method {number}", nll=3.0 + number) for number in range(4)]
     for number, found in enumerate(summary["rows"]):

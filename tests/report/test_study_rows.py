@@ -20,7 +20,12 @@ from report.study_rows import (
 def result(scores, **tasks):
     """A result file with one answer."""
     answers = {"one pass": {"nll": 2.0, "token_accuracy": 0.5, "token_ece": 0.1, "token_brier": 0.2, "scores": scores}}
-    return {"answers": answers, "provenance": {"config": {"evaluation": {"tasks": tasks}}}}
+    validation = [
+        {"step": 1, "nll": 2.5},
+        {"step": 2, "nll": 2.25},
+        {"step": 2, "nll": 1.0},
+    ]  # the last: test problems
+    return {"answers": answers, "validation": validation, "provenance": {"config": {"evaluation": {"tasks": tasks}}}}
 
 
 def test_passes_at_inference():
@@ -37,6 +42,7 @@ def test_the_first_filter_is_taken_whatever_the_metric(metric, first):
         "token_accuracy": 0.5,
         "token_ece": 0.1,
         "token_brier": 0.2,
+        "best_validation_nll": 2.25,
         "exact_match": 0.5,
         "answer_ece": 0.3,
     }
@@ -50,6 +56,7 @@ def test_a_task_of_another_distribution_has_figures_of_its_own():
         "token_accuracy": 0.5,
         "token_ece": 0.1,
         "token_brier": 0.2,
+        "best_validation_nll": 2.25,
         "svamp exact match": 0.25,
         "svamp NLL": 3.0,
     }
