@@ -4,6 +4,7 @@ A cell's `result` is its `result.json`, an `answer` one entry of `result["answer
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TypedDict
@@ -81,8 +82,9 @@ def figures(result: dict, answer: str) -> dict[str, float]:
     """
     values = result["answers"][answer]
     found = {name: values[name] for name in ("nll", "token_accuracy", "token_ece", "token_brier")}
-    if answer == ONE_PASS:  # as validation problems are answered
-        found["best_validation_nll"] = min(_validation_by_step(result).values())
+    validation = [nll for nll in _validation_by_step(result).values() if nll < inf]  # nor NaN, of a run that diverged
+    if answer == ONE_PASS and validation:  # as validation problems are answered
+        found["best_validation_nll"] = min(validation)
     found |= values.get("smoothness", {})
     for task, scores in values["scores"].items():
         of_task = _scores(scores)

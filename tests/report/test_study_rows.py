@@ -64,6 +64,16 @@ def test_a_task_of_another_distribution_has_figures_of_its_own():
         assert "svamp exact match" not in figures(result({"svamp": little}, task=None, svamp="x"), "one pass")
 
 
+def test_a_validation_nll_is_the_least_that_did_not_diverge():
+    cell = result({}, task=None)
+    cell["validation"] = [
+        {"step": step, "nll": nll} for step, nll in enumerate((float("nan"), 3.0, 2.5, float("inf")))
+    ]
+    assert figures(cell, "one pass")["best_validation_nll"] == 2.5
+    for diverged in ([], cell["validation"][:1]):
+        assert "best_validation_nll" not in figures(cell | {"validation": diverged}, "one pass")
+
+
 def test_smoothness_is_among_the_figures():
     cell = result({}, task=None)
     cell["answers"]["one pass"]["smoothness"] = {"lipschitz": 3.0, "layer_noise_rise": 0.5}
