@@ -20,8 +20,9 @@ from recipes.running import load_plain_run, load_tokenizer, write_results
 from recipes.study_config import Cell
 from recipes.study_smoothness import SETTINGS, measure_smoothness
 from report.output_folder import write_whole
+from report.study_rows import ONE_PASS
 
-ONE_PASS, DISTILLED = "one pass", "distilled"
+DISTILLED = "distilled"
 
 
 def run_cell(cell: Cell) -> None:

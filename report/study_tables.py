@@ -11,6 +11,7 @@ from report.study_families import compared_figures, compared_of
 from report.study_rows import (
     HEADINGS,
     MOST_SECONDS,
+    ONE_PASS,
     PLAIN,
     SMOOTHNESS,
     headings,
@@ -268,7 +269,7 @@ def _comparison(entry: dict | None) -> TextCell:
 
 def _tuning(summary: dict) -> Table:
     """Lay out the validation NLL of every value that was tried, methods from the least in one pass on."""
-    methods = sorted(summary["tuning"].items(), key=lambda item: min(item[1]["nll"]["one pass"]))
+    methods = sorted(summary["tuning"].items(), key=lambda item: min(item[1]["nll"][ONE_PASS]))
     rows = []
     for name, tuned in methods:
         for answer, nll in tuned["nll"].items():
